@@ -1,0 +1,59 @@
+"""graftory: a versioned hub for adapters on Hugging Face models.
+
+The names below are stable. They are imported when first used, so that `import graftory` (and
+`hub list`) never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from graftory.adapter import Adapter, AdapterRef, AdapterSpec, BaseModel, Lineage, Metric, Parent, TaskInfo
+from graftory.config import AdapterConfig, BottleneckConfig, LoraConfig
+from graftory.errors import GraftoryError
+
+if TYPE_CHECKING:
+    from graftory.adapters import AdaptedModel, attach, base_of, new_adapter
+    from graftory.compose import export, merge
+    from graftory.hub import Hub
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "AdaptedModel": "graftory.adapters",
+    "attach": "graftory.adapters",
+    "base_of": "graftory.adapters",
+    "new_adapter": "graftory.adapters",
+    "export": "graftory.compose",
+    "merge": "graftory.compose",
+    "Hub": "graftory.hub",
+}
+
+__all__ = [
+    "AdaptedModel",
+    "Adapter",
+    "AdapterConfig",
+    "AdapterRef",
+    "AdapterSpec",
+    "BaseModel",
+    "BottleneckConfig",
+    "GraftoryError",
+    "Hub",
+    "Lineage",
+    "LoraConfig",
+    "Metric",
+    "Parent",
+    "TaskInfo",
+    "attach",
+    "base_of",
+    "export",
+    "merge",
+    "new_adapter",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'graftory' has no attribute {name!r}")

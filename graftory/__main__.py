@@ -1,0 +1,5 @@
+"""`python -m graftory` is the command `hub`."""
+
+from graftory.cli import main
+
+main()

@@ -1,0 +1,5 @@
+"""The command `hub`."""
+
+
+def main() -> None:
+    """Run the command line."""

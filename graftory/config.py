@@ -1,0 +1,129 @@
+"""The typed configuration of every adapter method. No torch: listing and `--help` read these too.
+
+A method is a row in three places that share its name: its configuration here, its module in
+`graftory/adapters/`, and its section in `docs/methods.md`. `hub train` derives its options from
+the fields below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, TypeVar, cast
+
+from graftory.errors import ConfigError
+from graftory.schema import Json, decode, encode
+
+T = TypeVar("T")
+
+
+def option(help_text: str, default: T) -> T:
+    """A field whose help text becomes the help of the command-line option."""
+    return cast(T, field(default=default, metadata={"help": help_text}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """What every method has: where it sits and how it was initialised."""
+
+    method: ClassVar[str]
+
+    targets: tuple[str, ...] = ()
+    """Sites. Before creation: group names of the architecture table (empty = the method's default);
+    in an adapter: the explicit module paths of the base model."""
+    init_seed: int | None = 0
+    """Seed of the initial tensors; None if unknown. Adapters may be averaged parameter by parameter
+    only if they share it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig(AdapterConfig):
+    """LoRA (Hu et al. 2022, arXiv:2106.09685): y = W x + s B A x, s = alpha/r, or alpha/sqrt(r) (rsLoRA)."""
+
+    method: ClassVar[str] = "lora"
+
+    rank: int = option("rank r of the update", 8)
+    alpha: float = option("scale: s = alpha / rank", 16.0)
+    rslora: bool = option("scale by alpha / sqrt(rank) instead (rsLoRA)", False)
+    dropout: float = option("dropout on the input of A while training", 0.0)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Rank of single modules where it differs from `rank`, by explicit path."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Alpha of single modules where it differs from `alpha`, by explicit path."""
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if rank < 1:
+                raise ConfigError(f"rank: got {rank}, wanted 1 or more")
+        _check_rate("dropout", self.dropout)
+
+    def rank_of(self, path: str) -> int:
+        """The rank at one module."""
+        return self.rank_pattern.get(path, self.rank)
+
+    def scale_of(self, path: str) -> float:
+        """The factor s at one module."""
+        rank = self.rank_of(path)
+        return self.alpha_pattern.get(path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+
+Placement = Literal["houlsby", "pfeiffer", "parallel"]
+Activation = Literal["relu", "gelu", "gelu_new", "silu", "tanh"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BottleneckConfig(AdapterConfig):
+    """Bottleneck adapter: U act(D h + c) + e, with D [size, d] and U [d, size].
+
+    Houlsby et al. 2019 (arXiv:1902.00751): after attention and after the FFN; Pfeiffer et al. 2021
+    (arXiv:2005.00247): once a layer, after the FFN's sum; He et al. 2022 (arXiv:2110.04366): parallel
+    to the FFN, times `scale`.
+    """
+
+    method: ClassVar[str] = "bottleneck"
+
+    placement: Placement = option("where it sits", "pfeiffer")
+    size: int = option("hidden units of the bottleneck", 48)
+    activation: Activation = option("non-linearity", "relu")
+    scale: float = option("factor on the adapter's output", 1.0)
+    dropout: float = option("dropout on the adapter's hidden units while training", 0.0)
+    size_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Hidden units of single sites where they differ from `size`, by explicit path."""
+
+    def __post_init__(self) -> None:
+        for size in (self.size, *self.size_pattern.values()):
+            if size < 1:
+                raise ConfigError(f"size: got {size}, wanted 1 or more")
+        _check_rate("dropout", self.dropout)
+
+    def size_of(self, path: str) -> int:
+        """The hidden units at one site."""
+        return self.size_pattern.get(path, self.size)
+
+
+CONFIGS: Mapping[str, type[AdapterConfig]] = {kind.method: kind for kind in (LoraConfig, BottleneckConfig)}
+"""Every method that can be stored, by name."""
+
+
+def config_to_json(config: AdapterConfig) -> Json:
+    """The configuration with its method's name."""
+    return {"method": config.method, **encode(config)}
+
+
+def config_from_json(data: Json, where: str) -> AdapterConfig:
+    """The inverse of `config_to_json`.
+
+    Raises:
+        ConfigError: If the method is unknown or a value does not fit.
+    """
+    method = data.get("method") if isinstance(data, dict) else None
+    kind = CONFIGS.get(method) if isinstance(method, str) else None
+    if kind is None:
+        raise ConfigError(f"{where}: unknown adapter method {method!r}; known: {', '.join(CONFIGS)}")
+    return decode(kind, {key: value for key, value in data.items() if key != "method"}, where)
+
+
+def _check_rate(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ConfigError(f"{name}: got {value}, wanted 0 or more and less than 1")
