@@ -1,0 +1,85 @@
+"""What a merge method is: a row with a name, a space, parameters, and one function on bodies.
+
+A method sees only what it is about: the configurations and tensors of the adapters' bodies and one
+weight each. Heads, bases, lineage and licence are the same for all methods and are done by `merge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from graftory.adapter import Adapter
+from graftory.config import AdapterConfig
+from graftory.errors import MergeError
+
+Space = Literal["delta", "factor", "aligned"]
+"""`delta`: on the update itself, exact. `factor`: on raw tensors, only for adapters of one initialisation.
+`aligned`: on tensors brought into correspondence first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeParameters:
+    """Parameters of a method beside the weights; a subclass per method, its fields become CLI options."""
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """An adapter without its head: what a method merges."""
+
+    name: str
+    """What error texts call it."""
+    config: AdapterConfig
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeMethod:
+    """A row of the table of merge methods."""
+
+    name: str
+    title: str
+    paper: str
+    space: Space
+    accepts: tuple[str, ...]
+    """Adapter methods it can merge."""
+    params: type[MergeParameters]
+    default_weight: Callable[[int], float]
+    """The weight of each of n adapters if none are given."""
+    fn: Callable[[Sequence[Body], Sequence[float], Any], Body]
+    """(bodies, weights, parameters of type `params`) -> merged body; all bodies have one adapter method."""
+
+
+def body_of(adapter: Adapter, position: int) -> Body:
+    """An adapter's body, named by its task where it has one."""
+    task = adapter.spec.task
+    label = f"adapter {position + 1}" + (f" ({task.name})" if task else "")
+    return Body(label, adapter.spec.config, adapter.body_tensors())
+
+
+def check_keys(body: Body, expected: Sequence[str]) -> None:
+    """Refuse tensors that a method would not look at, and miss none.
+
+    Raises:
+        MergeError: If the body has other tensors than the configuration says.
+    """
+    strange = sorted(set(body.tensors) ^ set(expected))
+    if strange:
+        verb = "has" if strange[0] in body.tensors else "lacks"
+        raise MergeError(
+            f"{body.name} {verb} the tensor {strange[0]!r}, which its configuration does not explain; "
+            "only plain lora and bottleneck tensors can be merged"
+        )
+
+
+def union_of_targets(bodies: Sequence[Body]) -> tuple[str, ...]:
+    """Every site of any of the bodies, in order of first appearance."""
+    return tuple(dict.fromkeys(path for body in bodies for path in body.config.targets))
+
+
+def most_common(values: Sequence[int]) -> int:
+    """The most frequent value, the larger one of equals: what a pattern leaves out."""
+    return max(set(values), key=lambda value: (values.count(value), value))
