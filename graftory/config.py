@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar, cast
+from typing import ClassVar, Literal, TypeVar
 
 from graftory.errors import ConfigError
 from graftory.schema import Json, decode, encode
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 def option(help_text: str, default: T) -> T:
     """A field whose help text becomes the help of the command-line option."""
-    return cast(T, field(default=default, metadata={"help": help_text}))
+    return field(default=default, metadata={"help": help_text})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

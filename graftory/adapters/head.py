@@ -1,0 +1,130 @@
+"""Per-task heads: each row of a batch goes through the head of its own adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from graftory.adapters.architectures import head_paths
+from graftory.adapters.route import current_route
+from graftory.errors import ShapeError
+
+
+class HeadSite(nn.Module):
+    """All heads that adapters bring for one head module of the base.
+
+    A head is a copy of the base's module with the adapter's own weights, so heads of any make and size
+    work. In a mixed batch the base's head runs on the whole batch (rows without a head keep its exact bits),
+    each adapter's head on its rows, and narrower logits are padded with minus infinity on the right.
+    """
+
+    template: nn.Module
+    """The base's own head, as it was before any hook."""
+
+    def __init__(self, model: PreTrainedModel, path: str, owner: int) -> None:
+        super().__init__()
+        self.path = path
+        self.owner = owner
+        self.weights = nn.ModuleDict()
+        module = model.get_submodule(path)
+        object.__setattr__(self, "template", copy.deepcopy(module))
+        self.handles: list[RemovableHandle] = [module.register_forward_hook(self._hook)]
+
+    def put(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
+        """Add an adapter's head, given by the names its parameters have in the model.
+
+        Raises:
+            ShapeError: If a parameter is missing or differs from the base's in more than the number of outputs.
+        """
+        module = copy.deepcopy(self.template)
+        device = next(module.parameters()).device
+        for name, old in list(module.named_parameters()):
+            tensor = tensors.get(f"{self.path}.{name}")
+            if tensor is None or tensor.shape[1:] != old.shape[1:]:
+                got = "nothing" if tensor is None else str(tuple(tensor.shape))
+                raise ShapeError(f"head {self.path}.{name}: got {got}, wanted (outputs, {tuple(old.shape[1:])})")
+            replace_parameter(module, name, tensor.detach().to(device).clone())
+        self.weights[slot] = module
+
+    def drop(self, slot: str) -> None:
+        """Remove an adapter's head."""
+        del self.weights[slot]
+
+    def tensors(self, slot: str) -> dict[str, Tensor]:
+        """Copies of an adapter's head, on the CPU."""
+        named = self.weights[slot].named_parameters()
+        return {f"{self.path}.{name}": weight.detach().cpu().clone() for name, weight in named}
+
+    def uninstall(self) -> None:
+        """Remove the hook."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        route = current_route(self.owner)
+        if route is None:
+            return None
+        rows = [slot if slot and slot in self.weights else None for slot in route.head_rows(args[0])]
+        used = {slot: [i for i, row in enumerate(rows) if row == slot] for slot in rows if slot is not None}
+        if not used:
+            return None
+        if len(used) == 1 and None not in rows:
+            only: Tensor = self.weights[next(iter(used))](*args)
+            return only
+        x = args[0]
+        logits = {slot: self.weights[slot](x[where]) for slot, where in used.items()}
+        width = max(output.shape[-1], *(piece.shape[-1] for piece in logits.values()))
+        result = _padded(output, width)
+        for slot, piece in logits.items():
+            where = torch.tensor(used[slot], device=x.device)
+            result = result.index_copy(0, where, _padded(piece, width).to(result.dtype))
+        return result
+
+
+def _padded(logits: Tensor, width: int) -> Tensor:
+    missing = width - logits.shape[-1]
+    return functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+
+
+def replace_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in place of a parameter, by dotted name; a linear layer learns its new number of outputs."""
+    path, _, leaf = name.rpartition(".")
+    owner: Any = module.get_submodule(path)
+    setattr(owner, leaf, nn.Parameter(tensor))
+    if isinstance(owner, nn.Linear) and leaf == "weight":
+        owner.out_features = tensor.shape[0]
+
+
+def initial_head(model: PreTrainedModel, outputs: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """A fresh head: weights normal with the model's own spread, biases zero.
+
+    Args:
+        model: The base, with heads of its own to take the shapes from.
+        outputs: Logits of the last layer.
+        generator: Source of randomness.
+    """
+    paths = head_paths(model)
+    spread = float(getattr(model.config, "initializer_range", None) or 0.02)
+    last = _last_linear(model, paths[-1]) if paths else ""
+    fresh: dict[str, Tensor] = {}
+    for path in paths:
+        for name, old in model.get_submodule(path).named_parameters():
+            key = f"{path}.{name}"
+            size = (outputs, *old.shape[1:]) if key.rpartition(".")[0] == last else tuple(old.shape)
+            empty = torch.zeros(size)
+            fresh[key] = empty.normal_(0.0, spread, generator=generator) if empty.dim() > 1 else empty
+    return fresh
+
+
+def _last_linear(model: PreTrainedModel, path: str) -> str:
+    head = model.get_submodule(path)
+    names = [name for name, module in head.named_modules() if isinstance(module, nn.Linear)]
+    return f"{path}.{names[-1]}".rstrip(".")

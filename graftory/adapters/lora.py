@@ -1,0 +1,129 @@
+"""LoRA: y = W x + s B A x (Hu et al. 2022, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from graftory.adapters.architectures import (
+    GROUPS,
+    architecture_of,
+    head_paths,
+    is_linear,
+    linear_widths,
+    matching,
+    module_at,
+)
+from graftory.adapters.method import Method
+from graftory.adapters.site import Site
+from graftory.config import LoraConfig
+from graftory.errors import UnsupportedAdapterError
+from graftory.kernels import batched_lora
+from graftory.kernels.shapes import stack_padded
+
+A, B = "lora_A.weight", "lora_B.weight"
+
+
+class LoraSite(Site[LoraConfig]):
+    """LoRA weights at one linear layer: A [r, d_in], B [d_out, r] of each adapter."""
+
+    parts = (A, B)
+
+    def __init__(self, model: PreTrainedModel, path: str, owner: int) -> None:
+        super().__init__(model, path, owner)
+        self.scales: dict[str, float] = {}
+
+    def install(self, model: PreTrainedModel) -> None:  # noqa: ARG002
+        """Add the update to what the linear layer returns, ahead of any bottleneck that reads it."""
+        self.handles.append(self.module.register_forward_hook(self._hook, prepend=True))
+
+    def shapes(self, config: LoraConfig, path: str) -> Mapping[str, tuple[int, ...]]:
+        """[r, d_in] and [d_out, r]."""
+        inputs, outputs = linear_widths(self.module)
+        rank = config.rank_of(path)
+        return {A: (rank, inputs), B: (outputs, rank)}
+
+    def put(self, slot: str, config: LoraConfig, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """See `Site.put`; the scale is kept per slot, because adapters may spell the path in two ways."""
+        super().put(slot, config, path, tensors)
+        self.scales[slot] = config.scale_of(path)
+
+    def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        route = self.route()
+        selection = route.select(list(self.configs), args[0]) if route else None
+        if selection is None:
+            return None
+        slots = selection.slots
+        a = stack_padded([self.get(slot, A) for slot in slots], dim=0)
+        b = stack_padded([self.get(slot, B) for slot in slots], dim=1)
+        scale = torch.tensor([self.scales[slot] for slot in slots], device=a.device)
+        x = self._drop_out(selection.take(args[0]), slots, selection.index)
+        return selection.add(output, batched_lora(x, a, b, scale, selection.index))
+
+    def _drop_out(self, x: Tensor, slots: tuple[str, ...], index: Tensor) -> Tensor:
+        """Each row's inputs dropped at its own adapter's rate while training."""
+        rates = [self.configs[slot].dropout for slot in slots]
+        if not self.training or not any(rates):
+            return x
+        if len(set(rates)) == 1:
+            return functional.dropout(x, rates[0])
+        keep = 1 - torch.tensor(rates, device=x.device)[index].view(-1, *[1] * (x.dim() - 1))
+        return x * torch.bernoulli(keep.expand_as(x)).to(x.dtype) / keep.to(x.dtype)
+
+
+def _resolve(model: PreTrainedModel, config: LoraConfig) -> tuple[str, ...]:
+    """The explicit linear layers that a configuration means.
+
+    A target is a group (`qv`, `attention`, `ffn`, `all`) or role (`q`, `v`, ...) of the architecture table, or the
+    end of a module path, as in PEFT (`query`, `layer.0.attention.self.query`).
+    """
+    row = architecture_of(model)
+    heads = (*head_paths(model), "lm_head")
+    linears = [path for path, module in model.named_modules() if is_linear(module) and path.split(".")[0] not in heads]
+    chosen: list[str] = []
+    for target in config.targets or ("qv",):
+        if row and target in GROUPS:
+            patterns = [pattern for role in GROUPS[target] for pattern in row.linears.get(role, ())]
+        elif row and target in row.linears:
+            patterns = list(row.linears[target])
+        else:
+            patterns = [target]
+        found = linears if target == "all" and row is None else [path for path, _ in matching(linears, patterns)]
+        if not found:
+            raise UnsupportedAdapterError(
+                f"target {target!r} fits no linear layer of {type(model).__name__}; give a group "
+                f"({', '.join(GROUPS)}), a role ({', '.join(row.linears) if row else 'none for this architecture'}) "
+                "or the end of a module path"
+            )
+        chosen += found
+    return tuple(sorted(set(chosen)))
+
+
+def _initial(model: PreTrainedModel, path: str, config: LoraConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """A uniform as `nn.Linear` draws it, B zero: the update is exactly zero at the start."""
+    inputs, outputs = linear_widths(module_at(model, path)[1])
+    rank = config.rank_of(path)
+    a = torch.empty(rank, inputs)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+    return {A: a, B: torch.zeros(outputs, rank)}
+
+
+def _site(model: PreTrainedModel, path: str, owner: int, _: LoraConfig) -> LoraSite:
+    return LoraSite(model, path, owner)
+
+
+LORA = Method(
+    name="lora",
+    title="LoRA",
+    paper="Hu et al. 2022, arXiv:2106.09685",
+    config=LoraConfig,
+    linear=True,
+    site=_site,
+    resolve=_resolve,
+    initial=_initial,
+)

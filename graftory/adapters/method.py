@@ -1,0 +1,32 @@
+"""A method is a row: its configuration, its sites, its fresh weights, its paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from graftory.adapters.site import Site
+from graftory.config import AdapterConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One adapter method. `Any` below stands for the method's own configuration class."""
+
+    name: str
+    title: str
+    paper: str
+    config: type[AdapterConfig]
+    linear: bool
+    """Whether the update is a change of base weights, so that it merges and exports exactly."""
+    site: Callable[[PreTrainedModel, str, int, Any], Site[Any]]
+    """Makes the site at a module path, for an owner and a configuration."""
+    resolve: Callable[[PreTrainedModel, Any], tuple[str, ...]]
+    """The explicit module paths that a configuration means on a model."""
+    initial: Callable[[PreTrainedModel, str, Any, torch.Generator], dict[str, Tensor]]
+    """Fresh tensors for one path, by part."""

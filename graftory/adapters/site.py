@@ -1,0 +1,108 @@
+"""A site: one place in the base model that holds the weights of every adapter sitting there."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from graftory.adapters.route import Route, current_route
+from graftory.config import AdapterConfig
+from graftory.errors import ShapeError
+
+C = TypeVar("C", bound=AdapterConfig)
+
+
+class Site(nn.Module, ABC, Generic[C]):
+    """Weights of all adapters at one module of the base, and the hook that adds their updates.
+
+    The base's modules stay where they are and what they are: a site changes what a module returns, and
+    removing the hook gives the base back bit for bit.
+
+    Args:
+        model: The base model.
+        path: The module the site belongs to.
+        owner: Identity of the adapted model, to find its route.
+    """
+
+    parts: tuple[str, ...]
+    """Names of an adapter's tensors here, behind the module path."""
+    module: nn.Module
+    """The base's module."""
+
+    def __init__(self, model: PreTrainedModel, path: str, owner: int) -> None:
+        super().__init__()
+        self.path = path
+        self.owner = owner
+        self.configs: dict[str, C] = {}
+        self.weights = nn.ModuleDict()
+        self.handles: list[RemovableHandle] = []
+        # not a submodule: the base owns its modules
+        object.__setattr__(self, "module", model.get_submodule(path))
+
+    @abstractmethod
+    def install(self, model: PreTrainedModel) -> None:
+        """Register the hooks, in `handles`."""
+
+    @abstractmethod
+    def shapes(self, config: C, path: str) -> Mapping[str, tuple[int, ...]]:
+        """What shapes the tensors of an adapter must have here, by part.
+
+        Args:
+            config: The adapter's configuration.
+            path: The module's path as the adapter spells it.
+        """
+
+    def put(self, slot: str, config: C, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """Add an adapter's weights.
+
+        Raises:
+            ShapeError: If a tensor is missing or has another shape than the base and the configuration ask for.
+        """
+        parameters = nn.ParameterDict()
+        for part, shape in self.shapes(config, path).items():
+            tensor = tensors.get(f"{path}.{part}")
+            if tensor is None or tuple(tensor.shape) != shape:
+                got = "nothing" if tensor is None else str(tuple(tensor.shape))
+                raise ShapeError(f"{path}.{part}: got {got}, wanted {shape} for this base and configuration")
+            parameters[_key(part)] = nn.Parameter(tensor.detach().to(self.device()).clone())
+        self.weights[slot] = parameters
+        self.configs[slot] = config
+
+    def drop(self, slot: str) -> None:
+        """Remove an adapter's weights."""
+        del self.weights[slot], self.configs[slot]
+
+    def tensors(self, slot: str, path: str) -> dict[str, Tensor]:
+        """Copies of an adapter's weights, on the CPU, under its own spelling of the path."""
+        return {f"{path}.{part}": self.get(slot, part).detach().cpu().clone() for part in self.parts}
+
+    def get(self, slot: str, part: str) -> Tensor:
+        """One weight of one adapter."""
+        parameters = self.weights[slot]
+        assert isinstance(parameters, nn.ParameterDict)
+        weight: Tensor = parameters[_key(part)]
+        return weight
+
+    def route(self) -> Route | None:
+        """The route in force, if it is anything but the bare base."""
+        return current_route(self.owner)
+
+    def device(self) -> torch.device:
+        """Where the base keeps the module's weights."""
+        return next(self.module.parameters()).device
+
+    def uninstall(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+def _key(part: str) -> str:
+    return part.replace(".", "_")

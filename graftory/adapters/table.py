@@ -1,0 +1,12 @@
+"""The table of adapter methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from graftory.adapters.bottleneck import BOTTLENECK
+from graftory.adapters.lora import LORA
+from graftory.adapters.method import Method
+
+METHODS: Mapping[str, Method] = {method.name: method for method in (LORA, BOTTLENECK)}
+"""Every method that can be attached, by name."""

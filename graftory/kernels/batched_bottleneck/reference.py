@@ -1,0 +1,26 @@
+"""`batched_bottleneck` in plain torch: gather each row's matrices, then two batched products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def reference(
+    x: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    scale: Tensor,
+    index: Tensor,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """See `batched_bottleneck`; here x is [N, T, D]."""
+    used = index.clamp(min=0)
+    factor = torch.where(index >= 0, scale.to(down.dtype)[used], 0.0)
+    hidden = activation(torch.baddbmm(down_bias[used].unsqueeze(1), x, down[used].transpose(1, 2)))
+    output = torch.baddbmm(up_bias[used].unsqueeze(1), hidden, up[used].transpose(1, 2))
+    return output * factor[:, None, None]

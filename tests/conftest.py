@@ -1,0 +1,84 @@
+"""Tiny random models of every architecture, and inputs for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+torch.set_num_threads(1)
+transformers.utils.logging.set_verbosity_error()
+
+_TEXT = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+TINY: Mapping[str, Callable[[], PreTrainedModel]] = {
+    "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**_TEXT)),
+    "roberta": lambda: transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**_TEXT)),
+    "distilbert": lambda: transformers.DistilBertForSequenceClassification(
+        transformers.DistilBertConfig(vocab_size=60, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    ),
+    "gpt2": lambda: transformers.GPT2ForSequenceClassification(
+        transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, **_SPECIAL)
+    ),
+    "llama": lambda: transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**_TEXT, **_SPECIAL)),
+    "qwen2": lambda: transformers.Qwen2ForSequenceClassification(
+        transformers.Qwen2Config(**_TEXT, **_SPECIAL, num_key_value_heads=2)
+    ),
+    "t5": lambda: transformers.T5ForSequenceClassification(
+        transformers.T5Config(
+            vocab_size=60,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            eos_token_id=2,
+            pad_token_id=0,
+            decoder_start_token_id=0,
+        )
+    ),
+    "vit": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=8,
+        )
+    ),
+}
+"""A classification model of every architecture, hidden 32, two layers."""
+
+
+def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny random model in evaluation mode; the same seed gives the same weights."""
+    torch.manual_seed(seed)
+    return TINY[kind]().eval()
+
+
+def tiny_batch(kind: str, rows: int = 8, seed: int = 1) -> dict[str, Tensor]:
+    """Inputs for a tiny model: padded token ids of different lengths, or images."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "vit":
+        return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator)}
+    ids = torch.randint(3, 60, (rows, 10), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        length = 5 + row % 6
+        ids[row, length - 1] = 2  # T5 classifies at the end-of-sequence token
+        ids[row, length:] = 0
+        mask[row, length:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(params=list(TINY))
+def kind(request: pytest.FixtureRequest) -> str:
+    """Every architecture in turn."""
+    name: str = request.param
+    return name

@@ -1,0 +1,66 @@
+"""The batched operations against a plain loop over rows in double precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from graftory.kernels import batched_bottleneck, batched_lora
+from graftory.kernels.shapes import stack_padded
+
+INDEX = torch.tensor([2, -1, 0, 0, 1, -1, 2])
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("middle", [(), (1,), (5,), (2, 3)])
+def test_batched_lora_equals_a_loop_over_rows(middle: tuple[int, ...]) -> None:
+    ranks, scale = (1, 3, 8), torch.tensor([0.5, 2.0, -1.0], dtype=torch.float64)
+    a = [randn(rank, 6, seed=rank) for rank in ranks]
+    b = [randn(4, rank, seed=10 + rank) for rank in ranks]
+    x = randn(len(INDEX), *middle, 6, seed=0)
+    got = batched_lora(x, stack_padded(a, 0), stack_padded(b, 1), scale, INDEX)
+    for row, k in enumerate(INDEX.tolist()):
+        want = torch.zeros(*middle, 4, dtype=torch.float64) if k < 0 else scale[k] * (x[row] @ a[k].T) @ b[k].T
+        torch.testing.assert_close(got[row], want, atol=1e-12, rtol=1e-12)
+        assert k >= 0 or not got[row].any()
+
+
+def test_batched_lora_gradients() -> None:
+    inputs = [randn(4, 2, 3, seed=1), randn(2, 2, 3, seed=2), randn(2, 3, 2, seed=3)]
+    index, scale = torch.tensor([1, -1, 0, 1]), torch.tensor([1.0, 3.0], dtype=torch.float64)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, a, b: batched_lora(x, a, b, scale, index), inputs)
+
+
+def test_batched_bottleneck_equals_a_loop_over_rows() -> None:
+    sizes, scale = (2, 5, 3), torch.tensor([1.0, 0.5, 4.0], dtype=torch.float64)
+    down = [randn(size, 6, seed=size) for size in sizes]
+    down_bias = [randn(size, seed=20 + size) for size in sizes]
+    up = [randn(6, size, seed=30 + size) for size in sizes]
+    up_bias = randn(3, 6, seed=40)
+    x = randn(len(INDEX), 4, 6, seed=0)
+    stacked = (stack_padded(down, 0), stack_padded(down_bias, 0), stack_padded(up, 1), up_bias)
+    # sigmoid(0) is not 0: padded hidden units must not leak
+    got = batched_bottleneck(x, *stacked, scale, INDEX, torch.sigmoid)
+    for row, k in enumerate(INDEX.tolist()):
+        want = torch.zeros(4, 6, dtype=torch.float64)
+        if k >= 0:
+            want = scale[k] * (torch.sigmoid(x[row] @ down[k].T + down_bias[k]) @ up[k].T + up_bias[k])
+        torch.testing.assert_close(got[row], want, atol=1e-12, rtol=1e-12)
+
+
+def test_wrong_shapes_are_named() -> None:
+    good = dict(x=randn(2, 3, seed=0), a=randn(1, 2, 3, seed=1), b=randn(1, 4, 2, seed=2))
+    scale, index = torch.ones(1), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="ranks differ: a has 2, b has 1"):
+        batched_lora(good["x"], good["a"], good["b"][:, :, :1], scale, index)
+    with pytest.raises(ValueError, match="index"):
+        batched_lora(good["x"], good["a"], good["b"], scale, index[:1])
+    with pytest.raises(ValueError, match="up_bias"):
+        bias = torch.ones(1, 2)
+        batched_bottleneck(good["x"], good["a"], bias, good["a"].transpose(1, 2), bias, scale, index, torch.relu)
