@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,15 @@ from transformers import PreTrainedModel
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
 
-_TEXT = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-_SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_TEXT: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+_DECODER: dict[str, Any] = {"decoder_start_token_id": 0}
+_SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 TINY: Mapping[str, Callable[[], PreTrainedModel]] = {
     "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**_TEXT)),
@@ -39,7 +47,7 @@ TINY: Mapping[str, Callable[[], PreTrainedModel]] = {
             num_heads=4,
             eos_token_id=2,
             pad_token_id=0,
-            decoder_start_token_id=0,
+            **_DECODER,
         )
     ),
     "vit": lambda: transformers.ViTForImageClassification(
@@ -56,7 +64,7 @@ TINY: Mapping[str, Callable[[], PreTrainedModel]] = {
 """A classification model of every architecture, hidden 32, two layers."""
 
 
-def tiny_model(kind: str, seed: int = 0) -> PreTrainedModel:
+def tiny_model(kind: str, seed: int = 0) -> Any:
     """A tiny random model in evaluation mode; the same seed gives the same weights."""
     torch.manual_seed(seed)
     return TINY[kind]().eval()

@@ -55,12 +55,12 @@ def test_batched_bottleneck_equals_a_loop_over_rows() -> None:
 
 
 def test_wrong_shapes_are_named() -> None:
-    good = dict(x=randn(2, 3, seed=0), a=randn(1, 2, 3, seed=1), b=randn(1, 4, 2, seed=2))
+    x, a, b = randn(2, 3, seed=0), randn(1, 2, 3, seed=1), randn(1, 4, 2, seed=2)
     scale, index = torch.ones(1), torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match="ranks differ: a has 2, b has 1"):
-        batched_lora(good["x"], good["a"], good["b"][:, :, :1], scale, index)
+        batched_lora(x, a, b[:, :, :1], scale, index)
     with pytest.raises(ValueError, match="index"):
-        batched_lora(good["x"], good["a"], good["b"], scale, index[:1])
+        batched_lora(x, a, b, scale, index[:1])
+    bias = torch.ones(1, 2)
     with pytest.raises(ValueError, match="up_bias"):
-        bias = torch.ones(1, 2)
-        batched_bottleneck(good["x"], good["a"], bias, good["a"].transpose(1, 2), bias, scale, index, torch.relu)
+        batched_bottleneck(x, a, bias, a.transpose(1, 2), bias, scale, index, torch.relu)
