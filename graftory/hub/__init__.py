@@ -1,1 +1,7 @@
-"""hub"""
+"""The hub of adapters: versions, their bytes, their records, and other hubs to push to and pull from."""
+
+from graftory.hub.hub import Hub
+from graftory.hub.index import IndexRow
+from graftory.hub.records import FileEntry, Record, TensorEntry
+
+__all__ = ["FileEntry", "Hub", "IndexRow", "Record", "TensorEntry"]

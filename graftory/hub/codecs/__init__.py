@@ -1,0 +1,106 @@
+"""How an adapter becomes files and back: one codec a file, one row a codec.
+
+A codec sees only the bytes of its own fixed file names, so nothing in an adapter can name a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from graftory.adapter import Adapter, AdapterSpec
+from graftory.config import AdapterConfig, BottleneckConfig, LoraConfig
+from graftory.errors import CorruptAdapterError, DataError, UnsupportedAdapterError
+from graftory.hub.codecs.native import NativeCodec
+from graftory.hub.codecs.peft import PeftCodec
+from graftory.hub.records import TensorEntry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+class Codec(Protocol):
+    """Files to adapter and back. Only `encode` and `decode` need torch."""
+
+    file_names: tuple[str, ...]
+    """The files, the one that tells the format apart first."""
+
+    def encode(self, adapter: Adapter) -> dict[str, bytes]:
+        """The files of an adapter; the same adapter gives the same bytes.
+
+        Raises:
+            UnsupportedAdapterError: If the format cannot hold it.
+        """
+
+    def imported_spec(self, files: Mapping[str, bytes], name: str) -> AdapterSpec:
+        """The specification as far as the files tell it, for an adapter without a sidecar.
+
+        Raises:
+            CorruptAdapterError: If a file breaks its format.
+            UnsupportedAdapterError: If it uses something graftory does not do.
+        """
+
+    def check(self, files: Mapping[str, bytes], spec: AdapterSpec) -> tuple[TensorEntry, ...]:
+        """List the tensors, after checking that the files are well-formed and are what `spec` says.
+
+        Raises:
+            CorruptAdapterError: If a file breaks its format, or disagrees with `spec`.
+            UnsupportedAdapterError: If it uses something graftory does not do.
+        """
+
+    def decode(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
+        """The tensors of checked files, under their names in `Adapter.tensors`."""
+
+
+CODECS: Mapping[type[AdapterConfig], Codec] = {LoraConfig: PeftCodec(), BottleneckConfig: NativeCodec()}
+"""The codec of every method."""
+
+
+def codec_of(spec: AdapterSpec) -> Codec:
+    """The codec that stores a specification's method.
+
+    Raises:
+        UnsupportedAdapterError: If no codec does.
+    """
+    codec = CODECS.get(type(spec.config))
+    if codec is None:
+        raise UnsupportedAdapterError(f"method {spec.method!r} has no file format; store it as another method")
+    return codec
+
+
+def codec_of_folder(folder: Path) -> Codec:
+    """The codec of the adapter in a folder, by its file names.
+
+    Raises:
+        DataError: If there is no such folder.
+        UnsupportedAdapterError: If the weights are a pickle.
+        CorruptAdapterError: If there is no adapter in it, or a file of it is missing.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give the folder that holds the adapter's files")
+    for codec in CODECS.values():
+        if (folder / codec.file_names[0]).is_file():
+            _check_complete(folder, codec)
+            return codec
+    _refuse_pickles(folder)
+    wanted = " or ".join(codec.file_names[0] for codec in CODECS.values())
+    raise CorruptAdapterError(f"{folder}: no adapter here; wanted {wanted}")
+
+
+def _check_complete(folder: Path, codec: Codec) -> None:
+    missing = [name for name in codec.file_names if not (folder / name).is_file()]
+    if missing:
+        _refuse_pickles(folder)
+        raise CorruptAdapterError(f"{folder}: {missing[0]} is missing; copy the whole adapter")
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise UnsupportedAdapterError(
+            f"{folder / pickles[0]}: a pickle can run code and is never opened; convert it yourself with "
+            "torch.load(..., weights_only=True) and safetensors.torch.save_file"
+        )

@@ -1,0 +1,79 @@
+"""Our own format, for what PEFT does not know: `adapter.safetensors`, described by the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from graftory.adapter import Adapter, AdapterSpec
+from graftory.config import BottleneckConfig
+from graftory.errors import CorruptAdapterError, UnsupportedAdapterError
+from graftory.hub.codecs import tensors as shared
+from graftory.hub.records import TensorEntry
+from graftory.hub.safetensors_header import StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "adapter.safetensors"
+_PARTS = ("adapter_down.weight", "adapter_down.bias", "adapter_up.weight", "adapter_up.bias")
+
+
+class NativeCodec:
+    """Bottleneck adapters. Keys are those of `Adapter.tensors`."""
+
+    file_names: tuple[str, ...] = (WEIGHTS,)
+
+    def encode(self, adapter: Adapter) -> dict[str, bytes]:
+        """See `Codec`."""
+        return {WEIGHTS: shared.dump(adapter.tensors)}
+
+    def imported_spec(self, files: Mapping[str, bytes], name: str) -> AdapterSpec:
+        """See `Codec`; always refused, the file alone does not say what it is."""
+        found = ", ".join(files)
+        raise CorruptAdapterError(f"{name}: {found} without graftory.json; add the folder that hub materialize made")
+
+    def check(self, files: Mapping[str, bytes], spec: AdapterSpec) -> tuple[TensorEntry, ...]:
+        """See `Codec`."""
+        data = files[WEIGHTS]
+        stored = {tensor.name: tensor for tensor in shared.read_floats(data, WEIGHTS)}
+        config = spec.config
+        if not isinstance(config, BottleneckConfig):
+            raise CorruptAdapterError(f"{WEIGHTS}: the specification is of method {spec.method!r}; wanted bottleneck")
+        sites = _sites({key for key in stored if not shared.is_head(key, spec)})
+        if set(sites) != set(config.targets):
+            odd = sorted(set(sites) ^ set(config.targets))[0]
+            raise CorruptAdapterError(
+                f"{WEIGHTS}: site {odd!r} is only in one of the tensors and the targets; save both"
+            )
+        for site in sites:
+            _check_site(site, stored, config.size_of(site))
+        shared.check_heads(stored, spec, WEIGHTS)
+        return shared.entries(stored, data)
+
+    def decode(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
+        """See `Codec`."""
+        return shared.load(files[WEIGHTS])
+
+
+def _sites(keys: set[str]) -> list[str]:
+    sites = set()
+    for key in sorted(keys):
+        part = next((part for part in _PARTS if key.endswith(f".{part}")), None)
+        if part is None:
+            raise UnsupportedAdapterError(
+                f"{WEIGHTS}: tensor {key!r} is not understood; wanted <site>.{_PARTS[0]} and so on"
+            )
+        sites.add(key.removesuffix(f".{part}"))
+    return sorted(sites)
+
+
+def _check_site(site: str, stored: Mapping[str, StoredTensor], size: int) -> None:
+    found = [stored[f"{site}.{part}"].shape if f"{site}.{part}" in stored else None for part in _PARTS]
+    up_bias = found[3]
+    width = up_bias[0] if up_bias else 0
+    wanted = [(size, width), (size,), (width, size), (width,)]
+    if found != wanted:
+        raise CorruptAdapterError(
+            f"{WEIGHTS}: site {site!r} has the shapes {found}, wanted {wanted} for size {size}; save the adapter again"
+        )

@@ -1,0 +1,100 @@
+"""Adapters as folders of ordinary files: what `Hub.add` reads and `Hub.materialize` writes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+from graftory.adapter import AdapterSpec, BaseModel, spec_from_json, spec_to_json
+from graftory.errors import ConfigError, CorruptAdapterError, VersionConflictError
+from graftory.hub import strict_json
+from graftory.hub.codecs import codec_of, codec_of_folder
+from graftory.hub.files import make_folder, sync_folder
+from graftory.schema import pretty
+
+SIDECAR = "graftory.json"
+_FORMAT = "graftory-adapter"
+_SCHEMA = 1
+
+
+def read_folder(folder: Path, name: str, base: BaseModel | None) -> tuple[AdapterSpec, dict[str, bytes]]:
+    """The specification and the files of an adapter in a folder.
+
+    Args:
+        folder: PEFT's two files or ours, with or without `graftory.json`.
+        name: Name of the adapter, for what an import cannot know.
+        base: The base model where the caller knows it better; what it leaves out is filled from the
+            files if they name the same model.
+
+    Raises:
+        DataError: If there is no such folder.
+        CorruptAdapterError: If a file is missing or breaks its format.
+        UnsupportedAdapterError: If the adapter uses something graftory does not do.
+    """
+    codec = codec_of_folder(folder)
+    files = {file: (folder / file).read_bytes() for file in codec.file_names}
+    sidecar = folder / SIDECAR
+    if sidecar.is_file():
+        spec = _read_sidecar(sidecar)
+        if codec_of(spec) is not codec:
+            raise CorruptAdapterError(
+                f"{sidecar}: says method {spec.method!r}, the files are of another; save both again"
+            )
+    else:
+        spec = codec.imported_spec(files, name)
+    return (replace(spec, base=_fill(base, spec.base)) if base is not None else spec), files
+
+
+def _fill(base: BaseModel, known: BaseModel) -> BaseModel:
+    if base.id != known.id:
+        return base
+    return replace(
+        known,
+        revision=base.revision or known.revision,
+        architecture=base.architecture or known.architecture,
+        config_hash=base.config_hash or known.config_hash,
+        weights_hash=base.weights_hash or known.weights_hash,
+    )
+
+
+def _read_sidecar(path: Path) -> AdapterSpec:
+    data = strict_json.loads(path.read_bytes(), str(path))
+    if not isinstance(data, dict) or data.get("format") != _FORMAT or data.get("schema") != _SCHEMA:
+        raise CorruptAdapterError(f"{path}: not a sidecar of schema {_SCHEMA}; remove it to add the adapter without")
+    try:
+        return spec_from_json(data.get("spec"), str(path))
+    except ConfigError as error:
+        raise CorruptAdapterError(f"{error}; remove {SIDECAR} to add the adapter without") from None
+
+
+def write_folder(folder: Path, spec: AdapterSpec, files: Mapping[str, bytes]) -> Path:
+    """Write an adapter and its sidecar as a folder, in full or not at all; the same content again is a no-op.
+
+    Raises:
+        VersionConflictError: If the folder holds other files.
+    """
+    content = {**files, SIDECAR: pretty({"format": _FORMAT, "schema": _SCHEMA, "spec": spec_to_json(spec)})}
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.is_dir() and {path.name: _bytes(path) for path in folder.iterdir()} == content:
+            return folder
+        raise VersionConflictError(f"{folder}: holds other files; give an empty or a new folder")
+    make_folder(folder.parent)
+    scratch = folder.parent / f".{folder.name}.{uuid4().hex}"
+    try:
+        scratch.mkdir()
+        for name, data in content.items():
+            (scratch / name).write_bytes(data)
+        if folder.exists():
+            folder.rmdir()
+        scratch.replace(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None

@@ -1,0 +1,94 @@
+"""`registry.json`: one row for each name, a deterministic function of the records and alias logs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftory.errors import ConfigError, CorruptAdapterError
+from graftory.hub import strict_json
+from graftory.hub.aliases import AliasStore
+from graftory.hub.records import RecordStore
+from graftory.schema import decode, pretty
+
+FORMAT = "graftory-registry"
+SCHEMA = 1
+FILE_NAME = "registry.json"
+
+
+@dataclass(frozen=True, slots=True)
+class IndexRow:
+    """What listing shows of a name.
+
+    Attributes:
+        name: Name in the hub.
+        version: Newest version.
+        digest: Digest of the newest version.
+        aliases: What each alias means.
+        task: Name of the newest version's task, if known.
+        kind: Kind of that task.
+        method: Adapter method of the newest version.
+        base: Id of its base model.
+    """
+
+    name: str
+    version: int
+    digest: str
+    aliases: Mapping[str, int]
+    task: str | None
+    kind: str | None
+    method: str
+    base: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    format: str
+    schema: int
+    adapters: tuple[IndexRow, ...]
+
+
+def make_row(records: RecordStore, aliases: AliasStore, name: str) -> IndexRow | None:
+    """The row of one name, from its newest record and alias log; None if it has no version."""
+    newest = next(records.of_name(name), None)
+    if newest is None:
+        return None
+    spec = newest.spec
+    return IndexRow(
+        name=name,
+        version=newest.version,
+        digest=newest.digest,
+        aliases=aliases.current(name),
+        task=spec.task.name if spec.task else None,
+        kind=spec.task.kind if spec.task else None,
+        method=spec.method,
+        base=spec.base.id,
+    )
+
+
+def make_index(records: RecordStore, aliases: AliasStore) -> tuple[IndexRow, ...]:
+    """Every row, made anew from the records and alias logs."""
+    rows = (make_row(records, aliases, name) for name in records.names())
+    return tuple(row for row in rows if row is not None)
+
+
+def index_bytes(rows: tuple[IndexRow, ...]) -> bytes:
+    """The one byte string of an index: rows sorted by name."""
+    return pretty(_Index(FORMAT, SCHEMA, tuple(sorted(rows, key=lambda row: row.name))))
+
+
+def read_index(path: Path) -> tuple[IndexRow, ...]:
+    """The rows of a `registry.json`.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        CorruptAdapterError: If it is damaged.
+    """
+    data = strict_json.loads(path.read_bytes(), str(path), limit=strict_json.LARGE)
+    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("schema") != SCHEMA:
+        raise CorruptAdapterError(f"{path}: not an index of this format; make it anew with Hub.rebuild_index()")
+    try:
+        return decode(tuple[IndexRow, ...], data.get("adapters"), str(path))
+    except ConfigError as error:
+        raise CorruptAdapterError(f"{error}; make the index anew with Hub.rebuild_index()") from None
