@@ -1,0 +1,32 @@
+"""`hub add`."""
+
+from __future__ import annotations
+
+import click
+
+from graftory.adapter import BaseModel
+from graftory.commands.output import json_option, print_ref
+
+
+@click.command("add")
+@click.argument("folder", metavar="DIR", type=click.Path())
+@click.option("--name", required=True, help="Name in the hub: [org/]name.")
+@click.option("--version", type=click.IntRange(min=1), help="Version to add it as. [default: the next one]")
+@click.option("--base", help="Id of the base model, where the folder does not say it.")
+@json_option
+@click.pass_obj
+def command(registry: str | None, folder: str, name: str, version: int | None, base: str | None, as_json: bool) -> None:
+    """Add an adapter from a folder, PEFT's or graftory's own.
+
+    The files are kept byte for byte. The same files under the same name are added once; other files
+    under a version that exists are refused.
+
+    \b
+    Example:
+      hub add my-peft-adapter --name sst2
+    """
+    from graftory.hub import Hub
+
+    hub = Hub.open(registry)
+    ref = hub.add(folder, name=name, version=version, base=BaseModel(base) if base else None)
+    print_ref("added", hub, ref, as_json)

@@ -1,0 +1,72 @@
+"""How commands print: columns of plain text, JSON, progress. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import click
+
+from graftory.adapter import AdapterRef
+from graftory.schema import Json, encode
+
+if TYPE_CHECKING:
+    from graftory.hub import Hub
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is at hand, what is done and what there is to do."""
+
+
+def print_json(value: Json) -> None:
+    """Print a value, dataclasses included, as indented JSON."""
+    click.echo(json.dumps(encode(value), indent=2, ensure_ascii=False))
+
+
+def print_ref(verb: str, hub: Hub, ref: AdapterRef, as_json: bool) -> None:
+    """Say what happened to which version."""
+    record = hub.record(ref)
+    if as_json:
+        print_json({"ref": str(ref), "name": record.name, "version": record.version, "digest": record.digest})
+    else:
+        click.echo(f"{verb} {record.ref}  {record.digest[:19]}")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns under a bold head; the same text in a terminal, a pipe or a file."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for position, row in enumerate((columns, *rows)):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        click.secho(line, bold=position == 0)
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Progress]:
+    """A progress bar on the standard error, gone when the work is done; silent where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(description, total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{description} {what}", completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def working(description: str) -> Iterator[None]:
+    """Say what is going on, with a spinner, while something of unknown length is done; silent without a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(description) if console.is_terminal else nullcontext():
+        yield
