@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from graftory.adapter import Adapter, AdapterSpec, BaseModel, Metric, TaskInfo
-from graftory.adapters.fingerprint import base_of
-from graftory.compose import ExportCheck, export, merge, save_export
+from graftory.adapters import attach, base_of, new_adapter
+from graftory.compose import export, merge, save_export, verify_export
 from graftory.config import BottleneckConfig, LoraConfig
-from graftory.errors import BaseMismatchError, ConfigError, MergeError
+from graftory.errors import BaseMismatchError, ConfigError, MergeError, ShapeError
 
 TASK = TaskInfo("colours", "classification", ("red", "green", "blue"), head=("classifier",))
 IDS = torch.tensor([[3, 5, 7, 9], [4, 6, 8, 2]])
@@ -207,5 +207,63 @@ def test_the_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "empty" / "config.json").is_file()
 
 
-def test_check_is_plain_data() -> None:
-    assert ExportCheck(1e-6, 8) == ExportCheck(max_difference=1e-6, n=8)
+def batches() -> list[dict[str, Tensor]]:
+    return [{"input_ids": IDS}, {"input_ids": IDS[:1, :3], "attention_mask": torch.tensor([[1, 1, 0]])}]
+
+
+def test_verify_measures_the_difference_on_real_rows() -> None:
+    adapter = with_head(with_peft(bert(), ["query", "value", "dense"])[1])
+    exported = export(bert(), adapter)
+    adapted = attach(bert(), {"colours": adapter})
+    check = verify_export(adapted, exported, batches())
+    assert check.n == 3
+    assert check.max_difference < 1e-5
+    with torch.no_grad():
+        exported.get_parameter("classifier.bias")[1] += 0.5
+    assert verify_export(adapted, exported, batches()).max_difference == pytest.approx(0.5, abs=1e-5)
+
+
+def test_verify_of_a_merged_body_with_the_head_of_one_task() -> None:
+    body = with_peft(bert(), ["query", "value"])[1]
+    headed = with_head(body)
+    merged = merge([body, headed])
+    adapted = attach(bert(), {"merged": merged, "colours": headed})
+    check = verify_export(adapted, export(bert(), merged, head=headed), batches(), name="merged", head="colours")
+    assert check.max_difference < 1e-5
+    with pytest.raises(MergeError, match="name the exported one: merged, colours"):
+        verify_export(adapted, bert(), batches())
+    with pytest.raises(MergeError, match="no batches"):
+        verify_export(adapted, bert(), [], name="merged")
+    with pytest.raises(ShapeError, match="gives logits"):
+        verify_export(adapted, bert(), batches(), name="colours")
+    with pytest.raises(MergeError, match=r"call detach\(\) first"):
+        export(cast(Any, adapted), merged)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_merged_bodies_act_in_a_model_as_the_mixture_of_their_parents(weight: float) -> None:
+    """One site, so that what later layers make of it cannot differ: a mixture's update is the weighted sum."""
+    path = "bert.encoder.layer.0.output.dense"
+    one, two = with_peft(bert(), ["layer.0.output.dense"])[1], with_peft(bert(), ["layer.0.output.dense"])[1]
+    two = Adapter(two.spec, {key: tensor + 0.1 for key, tensor in two.tensors.items()})
+    assert one.spec.config.targets == (path,)
+    adapted = attach(bert(), {"one": one, "two": two, "both": merge([one, two], weights=[weight, 1 - weight])})
+    with torch.no_grad(), adapted.route([{"one": weight, "two": 1 - weight}, "both"]):
+        logits = adapted(input_ids=IDS[:1].repeat(2, 1)).logits
+    with torch.no_grad(), adapted.route(None):
+        bare = adapted(input_ids=IDS[:1]).logits
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
+    assert (logits[0] - bare[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+def test_identity_merge_of_a_bottleneck_keeps_the_logits(placement: Any) -> None:
+    config = BottleneckConfig(placement=placement, size=4, scale=1.5, activation="gelu")
+    fresh = new_adapter(bert(), config)
+    torch.manual_seed(3)
+    adapter = Adapter(fresh.spec, {key: torch.randn_like(tensor) for key, tensor in fresh.tensors.items()})
+    adapted = attach(bert(), {"given": adapter, "merged": merge([adapter], weights=[1.0])})
+    with torch.no_grad(), adapted.route(["given", "merged", None]):
+        logits = adapted(input_ids=IDS[:1].repeat(3, 1)).logits
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
+    assert (logits[0] - logits[2]).abs().max() > 1e-2

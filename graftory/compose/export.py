@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from graftory.adapter import Adapter, TaskInfo
+from graftory.adapters import AdaptedModel, base_of
 from graftory.adapters.architectures import is_linear, module_at
-from graftory.adapters.fingerprint import base_of
 from graftory.compose.card import save_export
 from graftory.config import LoraConfig
 from graftory.errors import BaseMismatchError, MergeError, ShapeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from graftory.adapters import AdaptedModel
 
 __all__ = ["ExportCheck", "export", "save_export", "verify_export"]
 
@@ -49,8 +47,8 @@ def export(model: PreTrainedModel, adapter: Adapter, *, head: Adapter | None = N
         MergeError: If the update is not linear in the weights, or a module cannot take it.
         BaseMismatchError: If the adapter belongs to another base.
     """
-    if not hasattr(model, "config"):
-        raise MergeError(f"got {type(model).__name__}, wanted the plain transformers model; call detach() first")
+    if isinstance(model, AdaptedModel):
+        raise MergeError("got a model with adapters attached, wanted the plain base; call detach() first")
     _check_bases(model, [adapter] if head is None else [adapter, head])
     config = adapter.spec.config
     if not isinstance(config, LoraConfig):
