@@ -17,14 +17,27 @@ Json = Any
 
 
 def encode(value: Any) -> Json:
-    """Turn a dataclass (or tuple, mapping, scalar) into plain JSON values."""
+    """Turn a dataclass (or tuple, mapping, scalar) into plain JSON values.
+
+    A whole number in a field of floats is written as a float (16 as 16.0), so that equal values have
+    equal bytes whoever made them.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {name: _encode_field(kind, getattr(value, name)) for name, kind in field_types(type(value)).items()}
     if isinstance(value, Mapping):
         return {str(key): encode(value[key]) for key in sorted(value)}
     if isinstance(value, tuple | list):
         return [encode(item) for item in value]
     return value
+
+
+def _encode_field(kind: Any, value: Any) -> Json:
+    plain = encode(value)
+    if float in (kind, *get_args(kind)):
+        if isinstance(plain, dict):
+            return {key: float(item) for key, item in plain.items()}
+        return plain if plain is None else float(plain)
+    return plain
 
 
 def canonical(value: Any) -> bytes:
