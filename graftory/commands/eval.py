@@ -10,7 +10,8 @@ import click
 from graftory.adapter import Metric
 from graftory.commands.output import json_option, print_json, print_table, working
 from graftory.commands.recorded import Subject, by_model, subject
-from graftory.data import load_rows
+from graftory.data import Rows, load_rows
+from graftory.errors import ConfigError
 
 if TYPE_CHECKING:
     from graftory.hub import Hub
@@ -69,8 +70,24 @@ def measure(
 
     data = {item.source: load_rows(item.task, split, limit=rows) for item in group}
     unique = {item.ref: item for item in group}
+    for item in group:
+        check_labels(item, data[item.source])
     jobs = [Job(ref, hub.get(ref), None, item.task, data[item.source]) for ref, item in unique.items()]
     with working(f"loading {group[0].base}"):
         loaded = load_base(group[0].base, group[0].task.kind)
     with working(f"measuring {len(jobs)} adapters on {sum(len(job.rows) for job in jobs)} rows"):
         return dict(zip(unique, evaluate(loaded, jobs, batch_size=batch_size), strict=True))
+
+
+def check_labels(item: Subject, rows: Rows) -> None:
+    """Refuse to hold an adapter against labels that its head does not mean.
+
+    Raises:
+        ConfigError: If the labels or their order differ.
+    """
+    own = item.spec.task.labels if item.spec.task else ()
+    if own and rows.labels and own != rows.labels:
+        raise ConfigError(
+            f"{item.ref} was trained for the labels {', '.join(own)}, task {item.task.name} has "
+            f"{', '.join(rows.labels)}; give the task it was trained on, or one with the same labels"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,20 @@ import click
 
 from graftory.commands.output import json_option, print_json, working
 from graftory.commands.recorded import TASK_SOURCE
+from graftory.commands.texts import texts_of
 from graftory.data import Text, load_rows, load_task
-from graftory.errors import ConfigError, DataError, MergeError
+from graftory.errors import ConfigError, MergeError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from graftory.adapter import TaskInfo
     from graftory.hub import Record
+    from graftory.training import LoadedBase
+
+Input = tuple[Text, int | float | str]
+"""A text and its target."""
+BATCH_SIZE = 16
 
 TOLERANCE = 1e-3
 """Largest difference of logits that an export may have; rounding alone stays far below it in fp32."""
@@ -59,6 +68,7 @@ def command(
     from graftory.compose import export, save_export, verify_export
     from graftory.hub import Hub
     from graftory.training import load_base
+    from graftory.training.base import quiet
 
     hub = Hub.open(registry)
     record = hub.record(ref)
@@ -67,18 +77,18 @@ def command(
         raise ConfigError(f"{folder} exists and is not an empty folder; give a new one")
     if meaning.spec.task is None:
         raise ConfigError(f"{record.ref} has no task of its own; pass --head with the adapter whose task is meant")
-    texts = texts_to_compare(meaning, file, rows)
+    inputs = inputs_to_compare(meaning, file, rows)
     adapter, source = hub.get(ref), hub.get(head) if head else None
     with working(f"loading {base or record.spec.base.id}"):
         loaded = load_base(base or record.spec.base.id, meaning.spec.task.kind)
-    with working("folding and saving"):
+    with working("folding and saving"), quiet():
         save_export(export(loaded.model, adapter, head=source), loaded.tokenizer, folder, adapter=adapter)
     try:
-        with working(f"comparing on {len(texts)} texts"):
+        with working(f"comparing on {len(inputs)} inputs"), quiet():
             again = type(loaded.model).from_pretrained(folder)
             attached = {"exported": adapter} | ({"head": source} if source else {})
             adapted = attach(loaded.model, attached)
-            batches = batches_of(loaded, meaning.spec.task, texts)
+            batches = batches_of(loaded, meaning.spec.task, inputs)
             check = verify_export(adapted, again, batches, name="exported", head="head" if source else None)
         if not check.max_difference <= TOLERANCE:
             raise MergeError(
@@ -95,7 +105,7 @@ def command(
         click.echo(f"largest difference of logits on {check.n} inputs: {check.max_difference:.2e}")
 
 
-def texts_to_compare(record: Record, file: Path | None, rows: int) -> tuple[Text, ...]:
+def inputs_to_compare(record: Record, file: Path | None, rows: int) -> list[Input]:
     """Real inputs: lines of a file, or test rows of the task the adapter was trained on.
 
     Raises:
@@ -103,24 +113,21 @@ def texts_to_compare(record: Record, file: Path | None, rows: int) -> tuple[Text
         ConfigError: If there is no file and the task is not recorded.
     """
     if file is not None:
-        return texts_of(file)[:rows]
+        return [(text, "") for text in texts_of(file)[:rows]]
     source = record.spec.lineage.parameters.get(TASK_SOURCE)
     if not isinstance(source, str):
         raise ConfigError(f"{record.ref} does not say which task it was trained on; pass --input with a file of texts")
-    return load_rows(load_task(source), "test", limit=rows).texts
+    chosen = load_rows(load_task(source), "test", limit=rows)
+    return list(zip(chosen.texts, chosen.targets, strict=True))
 
 
-def texts_of(file: Path) -> tuple[Text, ...]:
-    """The lines of a file; a tab parts the two texts of a pair.
+def batches_of(loaded: LoadedBase, task: TaskInfo, inputs: Sequence[Input]) -> Iterator[dict[str, Tensor]]:
+    """Inputs as the model takes them; a sequence-to-sequence model also needs what its decoder reads."""
+    from graftory.training.encode import Collator, encode
 
-    Raises:
-        DataError: If it cannot be read or has no lines.
-    """
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise DataError(f"cannot read {str(file)!r} ({reason}); give a text file with one text a line") from None
-    if not lines:
-        raise DataError(f"{str(file)!r} has no lines; give a text file with one text a line")
-    return tuple((first, second) if tab else first for first, tab, second in (line.partition("\t") for line in lines))
+    collator = Collator(loaded.tokenizer.pad_token_id)
+    for start in range(0, len(inputs), BATCH_SIZE):
+        part = inputs[start : start + BATCH_SIZE]
+        yield collator(
+            [encode(loaded.tokenizer, task, text, y if task.kind == "seq2seq" else None) for text, y in part]
+        )

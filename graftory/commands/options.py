@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -22,26 +22,44 @@ class MethodCommand(click.Command):
     """A command with `--method` and, joined, the options of all methods.
 
     A field made with `graftory.config.option` becomes an option; its type, default and help come from
-    the field. `given_parameters` tells which were given.
+    the field. `given_parameters` tells which were given. An option that the command declares itself is
+    not derived.
     """
 
     def __init__(
-        self, *args: Any, methods: Callable[[], Mapping[str, type]], default_method: str, **kwargs: Any
+        self,
+        *args: Any,
+        methods: Callable[[], Mapping[str, type]],
+        default_method: str,
+        settings: Callable[[], type] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """Take the table of methods (called when the command is used) beside click's own arguments."""
+        """Take, beside click's own arguments, the table of methods and settings that all methods share.
+
+        Both are called when the command is used: they may import what `hub --help` must not.
+        """
         super().__init__(*args, **kwargs)
         self.methods = methods
         self.default_method = default_method
+        self.settings = settings
 
     @cached_property
     def derived(self) -> list[click.Parameter]:
-        """`--method` and the options of the methods' fields."""
+        """`--method` and the options of the methods' fields, then those of the shared settings."""
         methods = self.methods()
         choice = click.Option(
-            ["--method"], type=click.Choice(tuple(methods)), default=self.default_method, show_default=True
+            ["--method"],
+            type=click.Choice(tuple(methods)),
+            default=self.default_method,
+            show_default=True,
+            help="The method; options below that begin with a method's name are its own.",
         )
-        names = dict.fromkeys(field.name for kind in methods.values() for field in shown_fields(kind))
-        return [choice, *(joined_option(name, methods) for name in names)]
+        options = [joined_option(name, methods) for name in names_of(methods.values())]
+        if self.settings is not None:
+            kind = self.settings()
+            options += [joined_option(name, {"": kind}) for name in names_of([kind])]
+        declared = {parameter.name for parameter in self.params}
+        return [choice, *(option for option in options if option.name not in declared)]
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters, then the derived ones, then `--help`."""
@@ -53,6 +71,11 @@ class MethodCommand(click.Command):
 def shown_fields(kind: type) -> list[dataclasses.Field[Any]]:
     """The fields of a dataclass that people may set on the command line."""
     return [field for field in dataclasses.fields(kind) if "help" in field.metadata]
+
+
+def names_of(kinds: Iterable[type]) -> list[str]:
+    """The names of the fields that people may set, each once."""
+    return list(dict.fromkeys(field.name for kind in kinds for field in shown_fields(kind)))
 
 
 def joined_option(name: str, methods: Mapping[str, type]) -> click.Option:
@@ -79,7 +102,7 @@ def joined_help(owners: Mapping[str, dataclasses.Field[Any]]) -> str:
     for method, field in owners.items():
         default = "" if field.default is None else f" [default: {field.default}]"
         said.setdefault(f"{field.metadata['help']}{default}", []).append(method)
-    return "; ".join(f"{', '.join(methods)}: {text}" for text, methods in said.items())
+    return "; ".join(f"{', '.join(methods)}: {text}".removeprefix(": ") for text, methods in said.items())
 
 
 def parser_of(annotation: Any) -> click.ParamType[Any]:
@@ -105,21 +128,31 @@ def remember(context: click.Context, parameter: click.Parameter, value: object) 
         context.meta.setdefault(_GIVEN, {})[parameter.name] = value
 
 
-def given_parameters(method: str, methods: Mapping[str, type]) -> dict[str, Any]:
+def given_parameters(method: str, methods: Mapping[str, type], settings: type | None = None) -> dict[str, Any]:
     """The parameters of a method that were given on the command line.
 
     Raises:
         ConfigError: If an option was given that only other methods have.
     """
-    given: dict[str, Any] = click.get_current_context().meta.get(_GIVEN, {})
-    own = [field.name for field in shown_fields(methods[method])]
-    for name in given:
-        if name not in own:
-            others = [other for other in methods if name in {field.name for field in shown_fields(methods[other])}]
+    own = names_of([methods[method]])
+    shared = names_of([settings] if settings else [])
+    for name in _given():
+        if name not in own and name not in shared:
+            others = [other for other in methods if name in names_of([methods[other]])]
             takes = ", ".join(map(flag_of, own)) or "no options of its own"
             raise ConfigError(
                 f"{flag_of(name)} belongs to {', '.join(others)}, not to {method}; {method} takes {takes}"
             )
+    return {name: value for name, value in _given().items() if name in own}
+
+
+def given_settings(settings: type) -> dict[str, Any]:
+    """The shared settings that were given on the command line."""
+    return {name: value for name, value in _given().items() if name in names_of([settings])}
+
+
+def _given() -> dict[str, Any]:
+    given: dict[str, Any] = click.get_current_context().meta.get(_GIVEN, {})
     return given
 
 

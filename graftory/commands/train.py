@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from graftory.adapter import Adapter, Lineage, Parent, check_name
-from graftory.commands.options import MethodCommand, given_parameters
+from graftory.commands.options import MethodCommand, given_parameters, given_settings
 from graftory.commands.output import json_option, print_json, working
 from graftory.commands.recorded import TASK_SOURCE
 from graftory.commands.show import print_metrics
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from graftory.hub import Hub, Record
 
 
-@click.command("train", cls=MethodCommand, methods=lambda: CONFIGS, default_method="lora")
+def train_settings() -> type:
+    """The settings of training; they come with torch."""
+    from graftory.training import TrainSettings
+
+    return TrainSettings
+
+
+@click.command("train", cls=MethodCommand, methods=lambda: CONFIGS, default_method="lora", settings=train_settings)
 @click.argument("task_source", metavar="TASK")
 @click.option("--base", help="The base model: a hub id, a folder, or wheel:NAME. Needed unless --continue is given.")
 @click.option("--name", help="Name of the adapter in the hub. [default: the task's name]")
@@ -33,10 +40,6 @@ if TYPE_CHECKING:
     help="Modules that get an adapter: a group (qv, attention, ffn, all) or the end of a path; may be repeated. "
     "[default: the method's own]",
 )
-@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Passes over the training rows.")
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Highest learning rate.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Rows a step.")
-@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after so many steps, whatever the epochs.")
 @click.option("--rows", type=click.IntRange(min=1), help="Train on so many rows, drawn at random. [default: all]")
 @click.option("--seed", default=0, show_default=True, help="Seed of initial tensors, order and drawn rows.")
 @json_option
@@ -48,10 +51,6 @@ def command(
     name: str | None,
     continued: str | None,
     targets: tuple[str, ...],
-    epochs: float | None,
-    learning_rate: float | None,
-    batch_size: int | None,
-    max_steps: int | None,
     rows: int | None,
     seed: int,
     method: str,
@@ -75,8 +74,7 @@ def command(
     task = load_task(task_source)
     name = check_name(name or task.name)
     start = starting_point(hub, continued, base, method, targets, seed)
-    chosen = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "max_steps": max_steps}
-    settings = replace(TrainSettings(seed=seed), **{key: value for key, value in chosen.items() if value is not None})
+    settings = TrainSettings(**given_settings(TrainSettings), seed=seed)
     training_rows = load_rows(task, "train", limit=rows, seed=seed)
     test_rows = rows_of_test(task)
     with working(f"loading {start.base}"):
@@ -114,7 +112,7 @@ def starting_point(
     Raises:
         ConfigError: If there is no base, or an option would change a continued adapter.
     """
-    given = given_parameters(method, CONFIGS)
+    given = given_parameters(method, CONFIGS, train_settings())
     if continued is None:
         if base is None:
             raise ConfigError("no base model; pass --base: a hub id, a folder, or wheel:minilm")
