@@ -74,8 +74,18 @@ class Record:
 
 
 def digest_of(files: tuple[FileEntry, ...], spec: AdapterSpec) -> str:
-    """The digest of an adapter: sha256 over the canonical JSON of its files and specification."""
-    return f"sha256:{hashlib.sha256(canonical({'files': encode(files), 'spec': spec_to_json(spec)})).hexdigest()}"
+    """The digest of an adapter: sha256 over the canonical JSON of its files and specification.
+
+    Raises:
+        ConfigError: If the specification holds what JSON cannot, such as NaN.
+    """
+    try:
+        text = canonical({"files": encode(files), "spec": spec_to_json(spec)})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the specification cannot be written as JSON ({error}); use finite numbers and text"
+        ) from None
+    return f"sha256:{hashlib.sha256(text).hexdigest()}"
 
 
 def file_entries(files: Mapping[str, bytes]) -> tuple[FileEntry, ...]:
