@@ -1,0 +1,203 @@
+"""Train an adapter for a task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+
+from graftory.adapter import Adapter, Lineage
+from graftory.adapters import AdaptedModel, new_adapter
+from graftory.config import AdapterConfig, config_to_json, option
+from graftory.data import Rows, TaskFile
+from graftory.errors import ConfigError
+from graftory.schema import Json, canonical
+from graftory.schema import encode as to_json
+from graftory.training.base import LoadedBase
+from graftory.training.encode import Collator, encode
+from graftory.training.progress import TrainingProgress
+from graftory.training.trainer import NO_HOOKS, AdapterTrainer, Hooks, last_checkpoint
+
+_LIBRARIES = ("graftory", "torch", "transformers", "peft")
+_RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """How an adapter is trained. The defaults suit adapters on small encoders."""
+
+    epochs: float = option("passes over the training rows", 3.0)
+    learning_rate: float = option("highest learning rate", 1e-3)
+    batch_size: int = option("rows a batch", 16)
+    accumulation: int = option("batches a step", 1)
+    max_steps: int | None = option("stop after so many steps, whatever the epochs", None)
+    warmup: float = option("share of the steps in which the learning rate rises; then it falls linearly to 0", 0.06)
+    weight_decay: float = option("decoupled weight decay (AdamW)", 0.01)
+    gradient_clip: float = option("largest norm of the gradient", 1.0)
+    gradient_checkpointing: bool = option("save memory by running the forward twice", False)
+    bf16: bool = option("mixed precision in bfloat16", False)
+    save_steps: int = option("steps between two checkpoints, where they are kept", 100)
+    seed: int = option("seed of order, dropout and initial head", 0)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "learning_rate", "batch_size", "accumulation", "save_steps", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted more than 0")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"max_steps: got {self.max_steps}, wanted 1 or more")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup: got {self.warmup}, wanted a share of 0 or more and less than 1")
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay: got {self.weight_decay}, wanted 0 or more")
+
+
+def train(
+    loaded: LoadedBase,
+    task: TaskFile,
+    rows: Rows,
+    config: AdapterConfig,
+    settings: TrainSettings,
+    *,
+    name: str,
+    output_dir: str | Path | None = None,
+    init: Adapter | None = None,
+    hooks: Hooks = NO_HOOKS,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Adapter:
+    """Train a fresh adapter, or go on with `init`, on the rows of a task. The base comes out as it went in.
+
+    Args:
+        loaded: The base model.
+        task: The task.
+        rows: Its training rows.
+        config: The adapter's configuration; ignored if `init` is given, which has its own.
+        settings: How to train.
+        name: What the progress bar calls it.
+        output_dir: Folder for checkpoints; a training that was cut off goes on from the last one in it.
+        init: Adapter to go on from. Its head is kept if it was trained for the same labels, else it starts fresh.
+        hooks: Loss terms and gradient hooks of a strategy.
+        callbacks: Callbacks of transformers' `Trainer`.
+
+    Returns:
+        The adapter with its lineage; parents are for the caller to add.
+
+    Raises:
+        ConfigError: If `output_dir` holds the checkpoints of another training.
+        BaseMismatchError: If `init` belongs to another base.
+    """
+    adapter = _start(loaded, task, rows, config, init)
+    info = rows.info(task)
+    examples = [encode(loaded.tokenizer, info, text, y) for text, y in zip(rows.texts, rows.targets, strict=True)]
+    adapted = AdaptedModel(loaded.model, loaded.base)
+    with ExitStack() as stack:
+        stack.callback(loaded.model.eval)
+        stack.callback(adapted.detach)
+        adapted.add(name, adapter)
+        adapted.train_only(name)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if output_dir is None else output_dir)
+        resume = None if output_dir is None else _claim(folder, adapter, rows, settings)
+        if settings.gradient_checkpointing:
+            _save_memory(loaded.model, adapted, name, stack)
+        progress = TrainingProgress(name)
+        stack.callback(progress.stop)
+        arguments = _arguments(settings, folder, keep=output_dir is not None)
+        collator = Collator(loaded.tokenizer.pad_token_id)
+        trainer = AdapterTrainer(adapted, name, task.kind, arguments, examples, collator, hooks, (*callbacks, progress))
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        return _with_lineage(adapted.extract(name), rows, settings)
+
+
+def library_versions() -> dict[str, str]:
+    """The versions that go into a lineage."""
+    return {library: version(library) for library in _LIBRARIES}
+
+
+def _start(loaded: LoadedBase, task: TaskFile, rows: Rows, config: AdapterConfig, init: Adapter | None) -> Adapter:
+    """The fresh adapter; with `init`, its body and, if the labels are the same, its head."""
+    start = config if init is None else init.spec.config
+    fresh = new_adapter(loaded.model, start, task=rows.info(task), base=loaded.base)
+    if init is None:
+        return fresh
+    before, now = init.spec.task, fresh.spec.task
+    same = before is not None and now is not None and (before.kind, before.labels) == (now.kind, now.labels)
+    kept = init.tensors if same else init.body_tensors()
+    # the base is init's, so that attaching it notices a wrong one
+    spec = replace(fresh.spec, base=init.spec.base, config=init.spec.config, licence=init.spec.licence)
+    return Adapter(spec, {**fresh.tensors, **kept})
+
+
+def _arguments(settings: TrainSettings, folder: Path, *, keep: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.gradient_clip,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        save_strategy="steps" if keep else "no",
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        logging_steps=10,
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+    )
+
+
+def _save_memory(model: PreTrainedModel, adapted: AdaptedModel, name: str, stack: ExitStack) -> None:
+    """Turn on gradient checkpointing until the stack unwinds.
+
+    The second forward runs within the backward, on a GPU in a thread that knows no route: it brings its own.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), adapted.route(name)
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    stack.callback(model.gradient_checkpointing_disable)
+
+
+def _claim(folder: Path, adapter: Adapter, rows: Rows, settings: TrainSettings) -> Path | None:
+    """Mark the folder as this training's, and return the checkpoint to go on from.
+
+    Raises:
+        ConfigError: If it is another training's.
+    """
+    tensors = hashlib.sha256()
+    for key in sorted(adapter.tensors):
+        tensors.update(adapter.tensors[key].float().numpy().tobytes())
+    run: Json = {
+        "config": config_to_json(adapter.spec.config),
+        "start": tensors.hexdigest(),
+        "rows": rows.hash,
+        "settings": to_json(settings),
+    }
+    path = folder / _RUN_FILE
+    if path.exists():
+        if json.loads(path.read_text()) != json.loads(canonical(run)):
+            raise ConfigError(f"{folder} holds the checkpoints of another training; delete it or use another folder")
+        return last_checkpoint(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(canonical(run))
+    return None
+
+
+def _with_lineage(adapter: Adapter, rows: Rows, settings: TrainSettings) -> Adapter:
+    parameters = {**to_json(settings), "rows": len(rows)}
+    lineage = Lineage("train", (), parameters, rows.hash, settings.seed, library_versions())
+    return replace(adapter, spec=replace(adapter.spec, lineage=lineage, metrics=()))

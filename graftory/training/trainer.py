@@ -1,0 +1,179 @@
+"""transformers' `Trainer` for adapters: it trains through a route and stores only what learns."""
+
+# ruff: noqa: ARG002 - the signatures are those of transformers
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from graftory.adapter import TaskKind
+from graftory.adapters import AdaptedModel
+from graftory.errors import CorruptAdapterError
+from graftory.training.encode import Collator, Example
+from graftory.training.losses import model_inputs, row_losses
+from graftory.training.sampler import LengthSampler
+
+CHECKPOINT_FILE = "adapter.safetensors"
+_STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What a loss term sees of one training step, inside the route."""
+
+    model: AdaptedModel
+    batch: Mapping[str, Tensor]
+    outputs: Any
+    """What the model returned."""
+    step: int
+    """Optimizer steps done so far."""
+
+
+LossTerm = Callable[[StepContext], Mapping[str, Tensor]]
+"""Named scalar losses that are added to the task's."""
+
+GradientHook = Callable[[AdaptedModel, int], None]
+"""Called with the model and the number of steps done, when the gradients are complete and clipped and the
+optimizer has not used them yet; it may change them in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """How a strategy plugs in to training."""
+
+    loss_terms: tuple[LossTerm, ...] = ()
+    on_gradients: tuple[GradientHook, ...] = ()
+
+
+NO_HOOKS = Hooks()
+
+
+class _Gradients(TrainerCallback):
+    """Calls the gradient hooks."""
+
+    def __init__(self, adapted: AdaptedModel, hooks: Sequence[GradientHook]) -> None:
+        self.adapted, self.hooks = adapted, hooks
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        for hook in self.hooks:
+            hook(self.adapted, state.global_step)
+
+
+class AdapterTrainer(Trainer):
+    """Trains one attached adapter.
+
+    The route covers forward and backward, because gradient checkpointing runs the forward again within the
+    backward. Checkpoints hold the trainable tensors in place of the whole model.
+    """
+
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        name: str,
+        kind: TaskKind,
+        arguments: TrainingArguments,
+        examples: Sequence[Example],
+        collator: Collator,
+        hooks: Hooks,
+        callbacks: Sequence[TrainerCallback],
+    ) -> None:
+        super().__init__(
+            model=adapted,
+            args=arguments,
+            data_collator=collator,
+            train_dataset=list(examples),
+            callbacks=[*callbacks, _Gradients(adapted, hooks.on_gradients)],
+        )
+        self.lengths = [len(example["input_ids"]) for example in examples]
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each batch
+        self.adapted, self.name, self.kind, self.hooks = adapted, name, kind, hooks
+        self._sums: dict[str, float] = defaultdict(float)
+        self._batches = 0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
+        return LengthSampler(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One forward and backward, both inside the route."""
+        with self.adapted.route(self.name):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss plus every named loss term."""
+        outputs = model(**model_inputs(self.kind, inputs))
+        terms = {"task": row_losses(self.kind, outputs.logits, inputs["labels"]).mean()}
+        context = StepContext(self.adapted, inputs, outputs, self.state.global_step)
+        for term in self.hooks.loss_terms:
+            terms |= term(context)
+        for name, value in terms.items():
+            self._sums[name] += float(value.detach())
+        self._batches += 1
+        loss = torch.stack([value.float().reshape(()) for value in terms.values()]).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the mean of every loss term beside the total."""
+        if self._batches and "loss" in logs and len(self._sums) > 1:
+            logs = {**logs, **{f"loss_{name}": total / self._batches for name, total in self._sums.items()}}
+        if "loss" in logs:
+            self._sums.clear()
+            self._batches = 0
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {name: weight.detach().cpu().contiguous() for name, weight in self._learning().items()}
+            save_file(tensors, folder / CHECKPOINT_FILE, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        tensors = load_file(Path(resume_from_checkpoint) / CHECKPOINT_FILE)
+        weights = self._learning()
+        if {name: tensor.shape for name, tensor in tensors.items()} != {n: w.shape for n, w in weights.items()}:
+            raise CorruptAdapterError(
+                f"{resume_from_checkpoint} holds another adapter's tensors; delete it or use another folder"
+            )
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(tensors[name])
+
+    def _learning(self) -> dict[str, torch.nn.Parameter]:
+        return {name: weight for name, weight in self.adapted.named_parameters() if weight.requires_grad}
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder: the state is written last, so one that has it is complete."""
+    numbered = {
+        int(path.name[11:]): path for path in folder.glob("checkpoint-*") if re.fullmatch(r"\d+", path.name[11:])
+    }
+    for step in sorted(numbered, reverse=True):
+        try:
+            state = json.loads((numbered[step] / _STATE_FILE).read_text())
+        except (OSError, ValueError):
+            continue
+        if state.get("global_step") == step:
+            return numbered[step]
+    return None
