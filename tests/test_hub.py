@@ -395,6 +395,24 @@ def test_a_hub_can_be_moved(hub: Hub, tmp_path: Path) -> None:
     assert same(Hub.open(tmp_path / "moved").get("trec"), lora())
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_git_brings_a_hub_back_byte_for_byte(hub: Hub) -> None:
+    hub.put("trec", lora())
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "core.autocrlf=true", "-C", str(hub.root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    git("init", "-q")
+    git("add", ".")
+    listed = git("ls-files").splitlines()
+    assert "registry.json" in listed
+    assert not [path for path in listed if path.startswith(".hub/tmp") or path == ".hub/lock"]
+    shutil.rmtree(hub.root / ".hub")
+    git("checkout", "--", ".hub")
+    assert same(hub.get("trec"), lora())
+
+
 def test_listing_imports_neither_torch_nor_transformers(hub: Hub) -> None:
     hub.put("trec", lora())
     script = (

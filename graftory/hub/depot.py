@@ -19,6 +19,8 @@ from graftory.hub.store import BlobStore
 
 LOCK_SECONDS = 300.0
 """How long a writer waits for another one."""
+_FOR_GIT = {".gitattributes": b"* -text\n", ".gitignore": b"/lock\n/tmp/\n"}
+"""A hub may be committed: its bytes must come back as they were, without what is passing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,9 @@ class Depot:
         """Make an empty hub; an existing one stays as it is."""
         make_folder(self.folder / "records")
         with self.lock():
+            for name, data in _FOR_GIT.items():
+                if not (self.folder / name).exists():
+                    write_atomic(self.folder / name, data, self.folder / "tmp")
             if not self.index_path.exists():
                 self.rebuild()
 
