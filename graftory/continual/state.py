@@ -1,0 +1,139 @@
+"""The folder of a run: what has been done, in files that each appear whole or not at all.
+
+sequence.json         the sequence; a run goes on only with the same one (tasks may be appended)
+events.jsonl          append-only log of phases
+steps/001.json        a committed step: task, reference, digest; written last of all
+cells/001-002-oracle.json   R[1][2]: after step 1, on task 2; step 0 is before any training
+router.safetensors    the router over the committed tasks and the one in progress
+work/                 checkpoints of the task in progress; deleted at its commit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal
+
+from graftory.continual.files import append_event, read_events, read_json, write_json
+from graftory.continual.sequence import TaskSequence
+from graftory.errors import ConfigError
+from graftory.schema import Json, decode, encode
+
+Phase = Literal["prepare", "train", "consolidate", "eval", "commit"]
+Way = Literal["oracle", "routed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A phase that has begun."""
+
+    step: int
+    """From 1; 0 is what comes before the first task."""
+    task: str
+    phase: Phase
+    time: str = ""
+    detail: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One entry of the matrix."""
+
+    step: int
+    task: int
+    way: Way
+    metric: str
+    value: float | None
+    """None where the metric cannot be taken: routed rows of a metric that is no mean over rows."""
+    n: int
+    routes: Mapping[str, int] = field(default_factory=dict)
+    """Routed: how many rows went to each task, and to `abstained`."""
+    copied: bool = False
+    """Whether it is the untrained value by definition, not measured again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A committed step."""
+
+    step: int
+    task: str
+    ref: str
+    digest: str
+    frozen: str
+    """sha256 over all tensors that had to stay as they were while this step learnt."""
+    train_rows: int
+    test_rows: int
+
+
+class RunFolder:
+    """Reads and writes the folder of one run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, sequence: TaskSequence) -> None:
+        """Claim the folder for a sequence, or go on with it.
+
+        Raises:
+            ConfigError: If the folder holds another sequence.
+        """
+        path = self.root / "sequence.json"
+        if not path.exists():
+            write_json(path, sequence)
+            return
+        before = decode(TaskSequence, read_json(path), str(path))
+        old, new = encode(before), encode(sequence)
+        changed = [key for key, value in old.items() if key != "tasks" and new[key] != value]
+        if sequence.tasks[: len(before.tasks)] != before.tasks:
+            changed.append("tasks")
+        if changed:
+            raise ConfigError(
+                f"{self.root} holds a run of another sequence (other {', '.join(changed)}); a run goes on only as it "
+                "began, with tasks appended at most; give a new folder"
+            )
+        write_json(path, sequence)
+
+    def log(self, event: Event) -> Event:
+        """Append an event, with the time of now."""
+        event = replace(event, time=datetime.now(timezone.utc).isoformat())
+        append_event(self.root / "events.jsonl", event)
+        return event
+
+    def events(self) -> list[Event]:
+        """All events of all starts of the run."""
+        path = self.root / "events.jsonl"
+        return [decode(Event, data, str(path)) for data in read_events(path)]
+
+    def commits(self) -> list[Commit]:
+        """The committed steps in order."""
+        paths = sorted((self.root / "steps").glob("*.json"))
+        return [decode(Commit, read_json(path), str(path)) for path in paths]
+
+    def commit(self, commit: Commit) -> None:
+        """Commit a step: the last thing that is written of it."""
+        write_json(self.root / "steps" / f"{commit.step:03}.json", commit)
+
+    def cell(self, step: int, task: int, way: Way) -> Cell | None:
+        """A measured cell, or None."""
+        path = self._cell_path(step, task, way)
+        return decode(Cell, read_json(path), str(path)) if path.exists() else None
+
+    def put_cell(self, cell: Cell) -> Cell:
+        """Keep a cell."""
+        write_json(self._cell_path(cell.step, cell.task, cell.way), cell)
+        return cell
+
+    @property
+    def router(self) -> Path:
+        """The router's file."""
+        return self.root / "router.safetensors"
+
+    def work(self, step: int) -> Path:
+        """The checkpoints of a step."""
+        return self.root / "work" / f"{step:03}"
+
+    def _cell_path(self, step: int, task: int, way: Way) -> Path:
+        return self.root / "cells" / f"{step:03}-{task:03}-{way}.json"
