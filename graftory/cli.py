@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import click
 
-import graftory
+from graftory import __version__
 from graftory.errors import GraftoryError
 
 COMMANDS: Mapping[str, str] = {
@@ -79,7 +79,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup)
-@click.version_option(graftory.__version__, prog_name="graftory")
+@click.version_option(__version__, prog_name="graftory")
 @click.option(
     "--registry",
     type=click.Path(),

@@ -32,10 +32,15 @@ def make_base(folder: Path, seed: int) -> Path:
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **names).save_pretrained(folder)
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(special) + len(WORDS), max_position_embeddings=32, **sizes)).save_pretrained(
-        folder
+    config = BertConfig(
+        vocab_size=len(special) + len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
     )
+    BertModel(config).save_pretrained(folder)
     return folder
 
 
@@ -199,7 +204,8 @@ def test_a_bad_task_is_one_line_and_leaves_nothing(
     [
         (("missing.yaml", "--base", "x"), "missing.yaml"),
         ((TASK,), "--base"),
-        ((TASK, "--base", "no/such-folder-or-model"), "no/such-folder-or-model"),
+        ((TASK, "--base", "no/such-model"), "no/such-model"),
+        ((TASK, "--base", "./no-such-folder"), "no-such-folder"),
         ((TASK, "--base", "x", "--size", "3"), "--size"),
         ((TASK, "--base", "x", "--rank", "0"), "rank"),
         ((TASK, "--base", "x", "--name", "Not A Name"), "Not A Name"),
@@ -209,7 +215,7 @@ def test_a_bad_task_is_one_line_and_leaves_nothing(
 def test_wrong_arguments_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str | Path, ...], word: str
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Hub.create(tmp_path)
     assert_error(call(tmp_path, "train", *arguments), word)
     assert Hub.open(tmp_path).index() == ()

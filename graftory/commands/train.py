@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -42,6 +43,11 @@ def train_settings() -> type:
 )
 @click.option("--rows", type=click.IntRange(min=1), help="Train on so many rows, drawn at random. [default: all]")
 @click.option("--seed", default=0, show_default=True, help="Seed of initial tensors, order and drawn rows.")
+@click.option(
+    "--checkpoints",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for checkpoints; the same command goes on from the last one after it was cut off.",
+)
 @json_option
 @click.pass_obj
 def command(
@@ -53,6 +59,7 @@ def command(
     targets: tuple[str, ...],
     rows: int | None,
     seed: int,
+    checkpoints: Path | None,
     method: str,
     as_json: bool,
 ) -> None:
@@ -79,7 +86,9 @@ def command(
     test_rows = rows_of_test(task)
     with working(f"loading {start.base}"):
         loaded = load_base(start.base, task.kind)
-    adapter = train(loaded, task, training_rows, start.config, settings, name=name, init=start.adapter)
+    adapter = train(
+        loaded, task, training_rows, start.config, settings, name=name, output_dir=checkpoints, init=start.adapter
+    )
     adapter = with_lineage(adapter, task_source, start.record)
     if test_rows is not None:
         with working(f"measuring on {len(test_rows)} test rows"):

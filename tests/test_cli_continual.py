@@ -1,0 +1,97 @@
+"""`hub continual` on a tiny random BERT: two halves of the example task, one after the other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from graftory import Hub
+from graftory.cli import cli
+from tests.test_cli_train import EXAMPLES, make_base
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, two tasks, a sequence and a hub."""
+    folder = tmp_path_factory.mktemp("continual")
+    make_base(folder / "base", seed=0)
+    head, *rows = (EXAMPLES / "tickets.csv").read_text().splitlines()
+    for name, kept in (("first", ("billing", "technical")), ("second", ("technical", "shipping"))):
+        chosen = [row for row in rows if row.endswith(kept)]
+        (folder / f"{name}.csv").write_text("\n".join([head, *chosen]))
+        (folder / f"{name}.yaml").write_text(
+            f"name: {name}\nkind: classification\ndata: {{train: {name}.csv, holdout: 0.3}}\n"
+            "text: message\nlabel: queue\nmax_length: 16\n"
+        )
+    (folder / "sequence.yaml").write_text(
+        "name: halves\nbase: base\ntasks: [first.yaml, second.yaml]\noptions: {rank: 2}\ntrain: {max_steps: 4}\n"
+    )
+    Hub.create(folder / "hub")
+    return folder
+
+
+def call(place: Path, *arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli, ["--registry", str(place / "hub"), "continual", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def runs(place: Path) -> dict[str, Result]:
+    """Both strategies, each in its own folder."""
+    results = {}
+    for strategy in ("isolated", "seq"):
+        arguments = ("run", place / "sequence.yaml", "--strategy", strategy, "--dir", place / strategy, "--json")
+        results[strategy] = call(place, *arguments)
+        assert results[strategy].exit_code == 0, results[strategy].output
+    return results
+
+
+def test_isolated_forgets_nothing(runs: dict[str, Result], place: Path) -> None:
+    report = json.loads(runs["isolated"].stdout)
+    assert report["summary"]["bwt"] == 0
+    assert [result["name"] for result in report["results"]] == ["first", "second"]
+    hub = Hub.open(place / "hub")
+    assert [hub.record(result["ref"]).spec.method for result in report["results"]] == ["lora", "lora"]
+    assert "task 2 of 2, second: train" in runs["isolated"].stderr
+
+
+def test_a_finished_run_is_only_reported(runs: dict[str, Result], place: Path) -> None:
+    again = call(place, "run", place / "sequence.yaml", "--dir", place / "isolated", "--json")
+    assert again.stdout == runs["isolated"].stdout
+    assert "train" not in again.stderr
+
+
+def test_report_compares_runs_and_names_the_pictures(runs: dict[str, Result], place: Path) -> None:
+    result = call(place, "report", place / "isolated", place / "seq")
+    assert result.exit_code == 0
+    head, *lines = result.stdout.splitlines()
+    assert head.split()[:2] == ["run", "strategy"]
+    assert [line.split()[1] for line in lines if line.startswith("halves ")] == ["isolated", "isolated", "seq"]
+    pictures = [Path(line.removeprefix("picture: ")) for line in lines if line.startswith("picture: ")]
+    assert len(pictures) == 3
+    assert all(picture.is_file() for picture in pictures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("run", "missing.yaml"), "missing.yaml"),
+        (("run", EXAMPLES / "tickets.yaml"), "unknown key"),
+        (("report", "nowhere"), "nowhere"),
+    ],
+)
+def test_errors_are_one_line(place: Path, arguments: tuple[str | Path, ...], word: str) -> None:
+    result = call(place, *arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert word in result.stderr
+
+
+def test_unknown_strategy(place: Path, tmp_path: Path) -> None:
+    result = call(place, "run", place / "sequence.yaml", "--strategy", "hope", "--dir", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "hope" in result.stderr
+    assert not list(tmp_path.glob("run/*.json"))
