@@ -18,9 +18,7 @@ import graftory
 def main() -> None:
     """Walk through the Python interface."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )
+    config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
     model = BertModel(config).eval()
     batch = {"input_ids": torch.randint(0, 99, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
     with torch.no_grad():

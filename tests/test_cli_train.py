@@ -11,7 +11,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from graftory import Hub, LoraConfig
 from graftory.cli import cli
@@ -22,18 +31,25 @@ WORDS = ("my", "the", "a", "is", "not", "card", "charged", "parcel", "app", "ref
 Run = Callable[..., Result]
 
 
-def make_base(folder: Path, seed: int) -> Path:
-    """A tiny random BERT with a word-level tokenizer, saved as transformers saves any model."""
+def save_tokenizer(folder: Path) -> int:
+    """A word-level tokenizer of a few words, saved; returns the size of its vocabulary."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     ends = [("[CLS]", 2), ("[SEP]", 3)]
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends)
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **names).save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, eos_token="[SEP]", **names)
+    fast.save_pretrained(folder)
+    return len(special) + len(WORDS)
+
+
+def make_base(folder: Path, seed: int) -> Path:
+    """A tiny random BERT with its tokenizer, saved as transformers saves any model."""
+    words = save_tokenizer(folder)
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(special) + len(WORDS),
+        vocab_size=words,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -41,6 +57,38 @@ def make_base(folder: Path, seed: int) -> Path:
         max_position_embeddings=32,
     )
     BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def make_writer(folder: Path, kind: str) -> Path:
+    """A tiny random model that writes: a Llama or a T5."""
+    words = save_tokenizer(folder)
+    torch.manual_seed(0)
+    if kind == "causal_lm":
+        llama = LlamaConfig(
+            vocab_size=words,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
+        LlamaForCausalLM(llama).save_pretrained(folder)
+    else:
+        t5 = T5Config(
+            vocab_size=words,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            pad_token_id=0,
+            eos_token_id=3,
+        )
+        t5.decoder_start_token_id = 0
+        T5ForConditionalGeneration(t5).save_pretrained(folder)
     return folder
 
 
@@ -146,6 +194,41 @@ def test_export_loads_with_plain_transformers(trained: Path, tmp_path: Path) -> 
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert list(model.config.id2label.values()) == ["billing", "shipping", "technical"]
     assert_error(call(trained, "export", "tickets@1", folder), "empty folder")
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [("causal_lm", "target: queue"), ("seq2seq", "target: queue"), ("regression", "label: weight")],
+)
+def test_every_kind_of_task_goes_all_the_way(base: Path, tmp_path: Path, kind: str, target: str) -> None:
+    model = base if kind == "regression" else make_writer(tmp_path / "writer", kind)
+    rows = "message,queue,weight\n" + "my card,refund,1.5\nthe parcel,order,2.5\nthe app,phone,0\n" * 3
+    text = f"name: t\nkind: {kind}\ndata: {{train: rows.csv, test: rows.csv}}\ntext: message\n{target}\n"
+    root = tmp_path / "hub"
+    Hub.create(root)
+    task = task_file(tmp_path, text, rows.encode())
+    trained = as_json(call(root, "train", task, "--base", model, "--max-steps", "2", "--json"))
+    assert trained["ref"] == "t@1"
+    measured = {row["metric"]["name"]: row["metric"]["value"] for row in as_json(call(root, "eval", "t", "--json"))}
+    assert measured == pytest.approx({metric["name"]: metric["value"] for metric in trained["metrics"]}, abs=1e-5)
+    (answer,) = as_json(call(root, "predict", "t", "my card", "--json"))
+    assert isinstance(answer.get("value", answer.get("written")), float if kind == "regression" else str)
+    file = tmp_path / "texts.txt"
+    file.write_text("the card\nmy parcel is not")
+    for number, extra in enumerate(((), ("--input", str(file)))):
+        result = as_json(call(root, "export", "t", tmp_path / f"plain{number}", "--json", *extra))
+        assert result["max_difference"] <= 1e-4
+        assert result["rows"] == (2 if extra else 9)
+
+
+def test_checkpoints_belong_to_one_training(base: Path, tmp_path: Path) -> None:
+    Hub.create(tmp_path / "hub")
+    common = ("train", TASK, "--base", base, "--max-steps", "2", "--save-steps", "1", "--checkpoints", tmp_path / "run")
+    first = as_json(call(tmp_path / "hub", *common, "--json"))
+    assert list((tmp_path / "run").iterdir())
+    again = as_json(call(tmp_path / "hub", *common, "--json"))
+    assert again == first
+    assert_error(call(tmp_path / "hub", *common, "--rank", "2"), "another training")
 
 
 def test_export_compares_on_a_file(trained: Path, tmp_path: Path) -> None:
