@@ -29,9 +29,7 @@ def _correlation(function: Callable[[Values, Values], Any]) -> Callable[[Values,
     """A correlation; 0 where it is undefined because one side is constant."""
 
     def correlate(targets: Values, outputs: Values) -> float:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = float(function(targets, outputs)[0]) if len(targets) > 1 else 0.0
+        value = float(function(targets, outputs)[0]) if len(targets) > 1 else 0.0
         return value if math.isfinite(value) else 0.0
 
     return correlate
@@ -59,4 +57,6 @@ def measure(metric: str, targets: Values, outputs: Values) -> float:
         raise ConfigError(f"metric: got {metric!r}, wanted one of {', '.join(METRICS)}")
     if len(targets) != len(outputs) or not targets:
         raise ConfigError(f"{metric}: got {len(targets)} targets and {len(outputs)} outputs, wanted as many, and some")
-    return METRICS[metric](targets, outputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both libraries warn of constant outputs, which have a value here
+        return METRICS[metric](targets, outputs)

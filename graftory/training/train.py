@@ -168,8 +168,10 @@ def _save_memory(model: PreTrainedModel, adapted: AdaptedModel, name: str, stack
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), adapted.route(name)
 
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
-    stack.callback(model.gradient_checkpointing_disable)
+    # transformers renamed both within version 5
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False, "context_fn": contexts})
+    stack.callback(getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable))
 
 
 def _claim(folder: Path, adapter: Adapter, rows: Rows, settings: TrainSettings) -> Path | None:
