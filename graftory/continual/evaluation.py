@@ -1,8 +1,7 @@
 """The cells of the matrix: each task by its id, and by the router.
 
-With the id given, a task is always evaluated in batches of its own rows, in their order. What else is in
-the run then has no say in padding or rounding, so an adapter that has not changed gives the same bits
-again: BWT = 0 exactly is a matter of construction, not of luck. (Mixing tasks in a batch changes the
+With the id given, a task is always evaluated in batches of its own rows alone. What else is in the run
+then has no say in padding or rounding, so an adapter that has not changed gives the same bits again: BWT = 0 exactly is a matter of construction, not of luck. (Mixing tasks in a batch changes the
 padding of its rows, which can turn a row that stands on the edge.) Routed rows do go in mixed batches.
 """
 
@@ -12,7 +11,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from graftory.continual.features import features_of
+from torch import Tensor
+
 from graftory.continual.router import ABSTAIN, Router
 from graftory.continual.state import Cell
 from graftory.continual.strategies import Answer
@@ -48,6 +48,7 @@ def routed_cell(
     tests: Sequence[TestSet],
     answers: Mapping[str, Answer],
     router: Router,
+    features: Tensor,
     batch_size: int,
 ) -> Cell:
     """Measure one task with the router's choice for each row, in mixed batches.
@@ -63,10 +64,10 @@ def routed_cell(
         tests: All tests, in the order of the sequence.
         answers: The answer of every task that the router knows.
         router: The router.
+        features: Features of the test's rows; the base is frozen, so they are taken once a run.
         batch_size: Rows at a time.
     """
     test = tests[position]
-    features = features_of(loaded, test.rows.texts, batch_size=batch_size)
     chosen = [ABSTAINED if i == ABSTAIN else router.names[i] for i in router.route(features).task.tolist()]
     routes = dict(sorted(Counter(chosen).items()))
     if test.task.metric not in ROW_MEANS:

@@ -124,14 +124,16 @@ def compare_runs(reports: Sequence[Report]) -> list[dict[str, str]]:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write report.json, report.md and the heat maps."""
-    from graftory.continual.heatmap import draw_heatmap
+    from graftory.continual.heatmap import Panel, draw_heatmaps
 
     write_json(folder / "report.json", report)
     pictures = {"oracle": _title(report, "task id given")}
-    write_atomically(folder / "heatmap-oracle.png", draw_heatmap(report.matrix, report.tasks, pictures["oracle"]))
+    write_atomically(
+        folder / "heatmap-oracle.png", draw_heatmaps([Panel(pictures["oracle"], report.matrix)], report.tasks)
+    )
     if report.routing is not None:
         pictures["routed"] = _title(report, "Mahalanobis router")
-        image = draw_heatmap(report.routing.matrix, report.tasks, pictures["routed"])
+        image = draw_heatmaps([Panel(pictures["routed"], report.routing.matrix)], report.tasks)
         write_atomically(folder / "heatmap-routed.png", image)
     write_atomically(folder / "report.md", markdown(report, pictures).encode())
 

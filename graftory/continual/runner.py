@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from graftory.adapter import Adapter, Metric, check_name
 from graftory.adapters import new_adapter
@@ -70,6 +71,8 @@ class _Run:
     hub: Hub
     folder: RunFolder
     progress: Progress | None
+    features: dict[int, Tensor] = field(default_factory=dict)
+    """Features of the test rows, by position."""
 
     @cached_property
     def strategy(self) -> Strategy:
@@ -178,6 +181,7 @@ class _Run:
         )
         made = adapter.spec.lineage
         parameters = {**made.parameters, "run": self.sequence.name, "step": number, "strategy": self.strategy.name}
+        parameters["task_source"] = self.sequence.tasks[number - 1]
         lineage = replace(made, process="continual", parents=plan.parents, parameters=parameters)
         return Adapter(replace(adapter.spec, lineage=lineage), adapter.tensors)
 
@@ -208,11 +212,17 @@ class _Run:
         answers = self._fill(number, seen)
         for j in range(number):
             if router is not None and self.folder.cell(number, j, "routed") is None:
-                size = self.sequence.eval_batch_size
-                self.folder.put_cell(routed_cell(self.loaded, number, j, self.tests, answers, router, size))
+                features, size = self._test_features(j), self.sequence.eval_batch_size
+                self.folder.put_cell(routed_cell(self.loaded, number, j, self.tests, answers, router, features, size))
         own = self.folder.cell(number, number - 1, "oracle")
         assert own is not None
         return own
+
+    def _test_features(self, position: int) -> Tensor:
+        if position not in self.features:
+            texts = self.tests[position].rows.texts
+            self.features[position] = features_of(self.loaded, texts, batch_size=self.sequence.eval_batch_size)
+        return self.features[position]
 
     def _fill(self, number: int, seen: tuple[Step, ...]) -> dict[str, Answer]:
         """Measure what is missing of a row with the id given; returns what answers each task."""
