@@ -33,11 +33,15 @@ def encode(value: Any) -> Json:
 
 def _encode_field(kind: Any, value: Any) -> Json:
     plain = encode(value)
-    if float in (kind, *get_args(kind)):
-        if isinstance(plain, dict):
-            return {key: float(item) for key, item in plain.items()}
-        return plain if plain is None else float(plain)
-    return plain
+    return _as_floats(plain) if float in (kind, *get_args(kind)) else plain
+
+
+def _as_floats(plain: Json) -> Json:
+    if isinstance(plain, dict):
+        return {key: _as_floats(item) for key, item in plain.items()}
+    if isinstance(plain, list):
+        return [_as_floats(item) for item in plain]
+    return float(plain) if isinstance(plain, int) and not isinstance(plain, bool) else plain
 
 
 def canonical(value: Any) -> bytes:

@@ -24,17 +24,18 @@ class Outer:
     mode: Literal["fast", "slow"]
     inner: Inner | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
+    row: tuple[float, ...] = ()
     free: Any = None
     on: bool = False
 
 
 def test_round_trip() -> None:
-    value = Outer("n", "fast", Inner(0.5, ("a", "b")), {"x": 1.5}, {"k": [1]}, True)
+    value = Outer("n", "fast", Inner(0.5, ("a", "b")), {"x": 1.5}, (0.5, 2.0), {"k": [1]}, True)
     assert decode(Outer, encode(value), "file") == value
 
 
 def test_equal_values_have_equal_bytes() -> None:
-    whole, real = Outer("n", "fast", Inner(2), {"x": 3}), Outer("n", "fast", Inner(2.0), {"x": 3.0})
+    whole, real = Outer("n", "fast", Inner(2), {"x": 3}, (1,)), Outer("n", "fast", Inner(2.0), {"x": 3.0}, (1.0,))
     assert canonical(whole) == canonical(real)
     assert canonical({"b": 1, "a": "é"}) == '{"a":"é","b":1}'.encode()
 
