@@ -1,8 +1,9 @@
 """The cells of the matrix: each task by its id, and by the router.
 
 With the id given, a task is always evaluated in batches of its own rows alone. What else is in the run
-then has no say in padding or rounding, so an adapter that has not changed gives the same bits again: BWT = 0 exactly is a matter of construction, not of luck. (Mixing tasks in a batch changes the
-padding of its rows, which can turn a row that stands on the edge.) Routed rows do go in mixed batches.
+then has no say in padding or rounding, so an adapter that has not changed gives the same bits again:
+BWT = 0 exactly is a matter of construction, not of luck. (Mixing tasks in a batch changes the padding of
+its rows, which can turn a row that stands on the edge.) Routed rows do go in mixed batches.
 """
 
 from __future__ import annotations
