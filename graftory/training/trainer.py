@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from graftory.adapter import TaskKind
 from graftory.adapters import AdaptedModel
-from graftory.errors import CorruptAdapterError
+from graftory.errors import ConfigError, CorruptAdapterError
 from graftory.training.encode import Collator, Example
 from graftory.training.losses import model_inputs, row_losses
 from graftory.training.sampler import LengthSampler
@@ -126,7 +126,10 @@ class AdapterTrainer(Trainer):
         terms = {"task": row_losses(self.kind, outputs.logits, inputs["labels"]).mean()}
         context = StepContext(self.adapted, inputs, outputs, self.state.global_step)
         for term in self.hooks.loss_terms:
-            terms |= term(context)
+            more = term(context)
+            if terms.keys() & more.keys():
+                raise ConfigError(f"two loss terms are called {sorted(terms.keys() & more.keys())[0]!r}; rename one")
+            terms |= more
         for name, value in terms.items():
             self._sums[name] += float(value.detach())
         self._batches += 1
