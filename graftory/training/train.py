@@ -35,7 +35,7 @@ class TrainSettings:
     """How an adapter is trained. The defaults suit adapters on small encoders."""
 
     epochs: float = option("passes over the training rows", 3.0)
-    learning_rate: float = option("highest learning rate", 1e-3)
+    learning_rate: float = option("highest learning rate", 2e-3)
     batch_size: int = option("rows a batch", 16)
     accumulation: int = option("batches a step", 1)
     max_steps: int | None = option("stop after so many steps, whatever the epochs", None)
