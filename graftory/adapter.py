@@ -137,6 +137,9 @@ class Metric:
     n: int
 
 
+TASK_SOURCE = "task_source"
+"""Key in `Lineage.parameters`: the task file, or sample, that an adapter was trained on."""
+
 Relation = Literal["composed", "merged", "continued", "distilled"]
 
 

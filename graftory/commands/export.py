@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from graftory.adapter import TASK_SOURCE
 from graftory.commands.output import json_option, print_json, working
-from graftory.commands.recorded import TASK_SOURCE
 from graftory.commands.texts import texts_of
 from graftory.data import Text, load_rows, load_task
 from graftory.errors import ConfigError, MergeError

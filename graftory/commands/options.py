@@ -31,12 +31,12 @@ class MethodCommand(click.Command):
         *args: Any,
         methods: Callable[[], Mapping[str, type]],
         default_method: str,
-        settings: Callable[[], type] | None = None,
+        settings: type | None = None,
         **kwargs: Any,
     ) -> None:
         """Take, beside click's own arguments, the table of methods and settings that all methods share.
 
-        Both are called when the command is used: they may import what `hub --help` must not.
+        The table is called for when the command is used: it may import what `hub --help` must not.
         """
         super().__init__(*args, **kwargs)
         self.methods = methods
@@ -56,8 +56,7 @@ class MethodCommand(click.Command):
         )
         options = [joined_option(name, methods) for name in names_of(methods.values())]
         if self.settings is not None:
-            kind = self.settings()
-            options += [joined_option(name, {"": kind}) for name in names_of([kind])]
+            options += [joined_option(name, {"": self.settings}) for name in names_of([self.settings])]
         declared = {parameter.name for parameter in self.params}
         return [choice, *(option for option in options if option.name not in declared)]
 

@@ -6,15 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from graftory.adapter import AdapterSpec
+from graftory.adapter import TASK_SOURCE, AdapterSpec
 from graftory.data import TaskFile, load_task
 from graftory.errors import ConfigError
 
 if TYPE_CHECKING:
     from graftory.hub import Hub
-
-TASK_SOURCE = "task_source"
-"""Key of a lineage's parameters: the TASK argument that the adapter was trained with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,28 +8,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from graftory.adapter import Adapter, Lineage, Parent, check_name
+from graftory.adapter import TASK_SOURCE, Adapter, Lineage, Parent, check_name
 from graftory.commands.options import MethodCommand, given_parameters, given_settings
 from graftory.commands.output import json_option, print_json, working
-from graftory.commands.recorded import TASK_SOURCE
 from graftory.commands.show import print_metrics
 from graftory.config import CONFIGS, AdapterConfig
 from graftory.data import Rows, load_rows, load_task
 from graftory.errors import ConfigError
+from graftory.settings import TrainSettings
 
 if TYPE_CHECKING:
     from graftory.data import TaskFile
     from graftory.hub import Hub, Record
 
 
-def train_settings() -> type:
-    """The settings of training; they come with torch."""
-    from graftory.training import TrainSettings
-
-    return TrainSettings
-
-
-@click.command("train", cls=MethodCommand, methods=lambda: CONFIGS, default_method="lora", settings=train_settings)
+@click.command("train", cls=MethodCommand, methods=lambda: CONFIGS, default_method="lora", settings=TrainSettings)
 @click.argument("task_source", metavar="TASK")
 @click.option("--base", help="The base model: a hub id, a folder, or wheel:NAME. Needed unless --continue is given.")
 @click.option("--name", help="Name of the adapter in the hub. [default: the task's name]")
@@ -75,7 +68,7 @@ def command(
       hub train wheel:trec --continue trec@1 --epochs 1
     """
     from graftory.hub import Hub
-    from graftory.training import Job, TrainSettings, evaluate, load_base, train
+    from graftory.training import Job, evaluate, load_base, train
 
     hub = Hub.open(registry)
     task = load_task(task_source)
@@ -121,7 +114,7 @@ def starting_point(
     Raises:
         ConfigError: If there is no base, or an option would change a continued adapter.
     """
-    given = given_parameters(method, CONFIGS, train_settings())
+    given = given_parameters(method, CONFIGS, TrainSettings)
     if continued is None:
         if base is None:
             raise ConfigError("no base model; pass --base: a hub id, a folder, or wheel:minilm")

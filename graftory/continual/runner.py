@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from graftory.adapter import Adapter, Metric, check_name
+from graftory.adapter import TASK_SOURCE, Adapter, Metric, check_name
 from graftory.adapters import new_adapter
 from graftory.continual.evaluation import TestSet, oracle_cell, routed_cell
 from graftory.continual.features import features_of
@@ -181,7 +181,7 @@ class _Run:
         )
         made = adapter.spec.lineage
         parameters = {**made.parameters, "run": self.sequence.name, "step": number, "strategy": self.strategy.name}
-        parameters["task_source"] = self.sequence.tasks[number - 1]
+        parameters[TASK_SOURCE] = self.sequence.tasks[number - 1]
         lineage = replace(made, process="continual", parents=plan.parents, parameters=parameters)
         return Adapter(replace(adapter.spec, lineage=lineage), adapter.tensors)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,22 @@ def _from_file(task: TaskFile, path: Path) -> Sequence[Record]:
     if builder == "csv":  # cells as they stand: the text 007 is not the number 7
         columns = (task.text, task.pair, task.label, task.target)
         options = {**options, "converters": {column: str for column in columns if column is not None}}
-    return _load(task, path.name, builder, {"data_files": str(path), "split": "train", **options})
+    with _quiet():
+        return _load(task, path.name, builder, {"data_files": str(path), "split": "train", **options})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for a local file, which is read in no time; a download from the hub keeps its bar."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _from_hub(task: TaskFile, split: str) -> Sequence[Record]:

@@ -1,11 +1,12 @@
 """Train, measure and use adapters on frozen models, with transformers' `Trainer`."""
 
+from graftory.settings import TrainSettings
 from graftory.training.base import LoadedBase, load_base
 from graftory.training.evaluate import Job, evaluate
 from graftory.training.losses import RowLosses, row_losses
 from graftory.training.metrics import METRICS, measure
 from graftory.training.predict import Prediction, Query, predict
-from graftory.training.train import TrainSettings, library_versions, train
+from graftory.training.train import library_versions, train
 from graftory.training.trainer import GradientHook, Hooks, LossTerm, StepContext
 
 __all__ = [

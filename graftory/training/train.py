@@ -7,20 +7,21 @@ import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from graftory.adapter import Adapter, Lineage
+from graftory.adapter import TASK_SOURCE, Adapter, Lineage
 from graftory.adapters import AdaptedModel, new_adapter
-from graftory.config import AdapterConfig, config_to_json, option
+from graftory.config import AdapterConfig, config_to_json
 from graftory.data import Rows, TaskFile
 from graftory.errors import ConfigError
 from graftory.schema import Json, canonical
 from graftory.schema import encode as to_json
+from graftory.settings import TrainSettings
 from graftory.training.base import LoadedBase
 from graftory.training.encode import Collator, encode
 from graftory.training.progress import TrainingProgress
@@ -28,35 +29,6 @@ from graftory.training.trainer import NO_HOOKS, AdapterTrainer, Hooks, last_chec
 
 _LIBRARIES = ("graftory", "torch", "transformers", "peft")
 _RUN_FILE = "run.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSettings:
-    """How an adapter is trained. The defaults suit adapters on small encoders."""
-
-    epochs: float = option("passes over the training rows", 3.0)
-    learning_rate: float = option("highest learning rate", 2e-3)
-    batch_size: int = option("rows a batch", 16)
-    accumulation: int = option("batches a step", 1)
-    max_steps: int | None = option("stop after so many steps, whatever the epochs", None)
-    warmup: float = option("share of the steps in which the learning rate rises; then it falls linearly to 0", 0.06)
-    weight_decay: float = option("decoupled weight decay (AdamW)", 0.01)
-    gradient_clip: float = option("largest norm of the gradient", 1.0)
-    gradient_checkpointing: bool = option("save memory by running the forward twice", False)
-    bf16: bool = option("mixed precision in bfloat16", False)
-    save_steps: int = option("steps between two checkpoints, where they are kept", 100)
-    seed: int = option("seed of order, dropout and initial head", 0)
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate", "batch_size", "accumulation", "save_steps", "gradient_clip"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted more than 0")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ConfigError(f"max_steps: got {self.max_steps}, wanted 1 or more")
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(f"warmup: got {self.warmup}, wanted a share of 0 or more and less than 1")
-        if self.weight_decay < 0:
-            raise ConfigError(f"weight_decay: got {self.weight_decay}, wanted 0 or more")
 
 
 def train(
@@ -112,7 +84,7 @@ def train(
         collator = Collator(loaded.tokenizer.pad_token_id)
         trainer = AdapterTrainer(adapted, name, task.kind, arguments, examples, collator, hooks, (*callbacks, progress))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        return _with_lineage(adapted.extract(name), rows, settings)
+        return _with_lineage(adapted.extract(name), task, rows, settings)
 
 
 def library_versions() -> dict[str, str]:
@@ -202,7 +174,9 @@ def _claim(folder: Path, adapter: Adapter, rows: Rows, settings: TrainSettings) 
     return None
 
 
-def _with_lineage(adapter: Adapter, rows: Rows, settings: TrainSettings) -> Adapter:
+def _with_lineage(adapter: Adapter, task: TaskFile, rows: Rows, settings: TrainSettings) -> Adapter:
     parameters = {**to_json(settings), "rows": len(rows)}
+    if task.data.sample is not None:
+        parameters[TASK_SOURCE] = task.data.sample
     lineage = Lineage("train", (), parameters, rows.hash, settings.seed, library_versions())
     return replace(adapter, spec=replace(adapter.spec, lineage=lineage, metrics=()))

@@ -1,0 +1,37 @@
+"""How adapters are trained. No torch: `hub train` takes its options from the fields below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graftory.config import option
+from graftory.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """How an adapter is trained. The defaults suit adapters on small encoders."""
+
+    epochs: float = option("passes over the training rows", 3.0)
+    learning_rate: float = option("highest learning rate", 2e-3)
+    batch_size: int = option("rows a batch", 16)
+    accumulation: int = option("batches a step", 1)
+    max_steps: int | None = option("stop after so many steps, whatever the epochs", None)
+    warmup: float = option("share of the steps in which the learning rate rises; then it falls linearly to 0", 0.06)
+    weight_decay: float = option("decoupled weight decay (AdamW)", 0.01)
+    gradient_clip: float = option("largest norm of the gradient", 1.0)
+    gradient_checkpointing: bool = option("save memory by running the forward twice", False)
+    bf16: bool = option("mixed precision in bfloat16", False)
+    save_steps: int = option("steps between two checkpoints, where they are kept", 100)
+    seed: int = option("seed of order, dropout and initial head", 0)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "learning_rate", "batch_size", "accumulation", "save_steps", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted more than 0")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"max_steps: got {self.max_steps}, wanted 1 or more")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup: got {self.warmup}, wanted a share of 0 or more and less than 1")
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay: got {self.weight_decay}, wanted 0 or more")
