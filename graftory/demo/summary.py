@@ -20,8 +20,10 @@ def make_table(results: Mapping[str, Json]) -> Table:
     from rich.table import Table
 
     table = Table(title="graftory demo: all-MiniLM-L6-v2, four tasks", title_justify="left")
-    for column in ("what", "result", "how"):
-        table.add_column(column, justify="right" if column == "result" else "left")
+    for column in ("what", "result", "how it was measured"):
+        table.add_column(
+            column, justify="right" if column == "result" else "left", no_wrap=column != "how it was measured"
+        )
     for section in (_adapters, _moves, _continual, _export):
         for row in section(results):
             table.add_row(*row)
