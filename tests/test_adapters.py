@@ -341,6 +341,32 @@ def test_routes_are_checked_and_undone_after_errors() -> None:
     assert torch.equal(logits(adapted, batch), bare)
 
 
+def test_attaching_twice_is_refused_until_detached() -> None:
+    model = tiny_model("bert")
+    adapter = make(model, LoraConfig(), labels=2)
+    adapted = attach(model, {"a": adapter})
+    with pytest.raises(RouteError, match="attached to this model already"):
+        attach(model, {"b": adapter})
+    attach(adapted.detach(), {"b": adapter}).detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_half_precision_takes_adapters_in_full(dtype: torch.dtype) -> None:
+    batch = tiny_batch("bert")
+    outputs = []
+    for precision in (torch.float32, dtype):
+        model = tiny_model("bert")
+        adapters = eight(model)
+        adapted = attach(model.to(precision), adapters, check_base=False)
+        with adapted.route(ROWS), torch.no_grad():
+            outputs.append(logits(adapted, batch))
+    full, half = outputs
+    assert half.dtype == dtype
+    assert torch.equal(full.isneginf(), half.isneginf())
+    finite = ~full.isneginf()
+    assert (full[finite] - half[finite].float()).abs().max() < 0.1
+
+
 def test_two_threads_keep_their_own_routes() -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -54,6 +54,25 @@ def test_batched_bottleneck_equals_a_loop_over_rows() -> None:
         torch.testing.assert_close(got[row], want, atol=1e-12, rtol=1e-12)
 
 
+def test_a_broken_adapter_reaches_no_other_row() -> None:
+    x, scale = randn(len(INDEX), 2, 6, seed=0), torch.ones(3, dtype=torch.float64)
+    a, b = randn(3, 4, 6, seed=1), randn(3, 6, 4, seed=2)
+    bias, out_bias = randn(3, 4, seed=3), randn(3, 6, seed=4)
+    for broken in range(3):
+        hurt = a.clone()
+        hurt[broken] = float("nan")
+        fine = broken != INDEX
+        for one, other in (
+            (batched_lora(x, a, b, scale, INDEX), batched_lora(x, hurt, b, scale, INDEX)),
+            (
+                batched_bottleneck(x, a, bias, b, out_bias, scale, INDEX, torch.relu),
+                batched_bottleneck(x, hurt, bias, b, out_bias, scale, INDEX, torch.relu),
+            ),
+        ):
+            assert torch.equal(one[fine], other[fine])
+            assert other[~fine].isnan().all()
+
+
 def test_wrong_shapes_are_named() -> None:
     x, a, b = randn(2, 3, seed=0), randn(1, 2, 3, seed=1), randn(1, 4, 2, seed=2)
     scale, index = torch.ones(1), torch.zeros(2, dtype=torch.long)

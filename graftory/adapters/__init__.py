@@ -1,9 +1,9 @@
 """Adapters that sit in a model: one file a method, a table of sites per architecture, attach and detach."""
 
-from graftory.adapters.adapted import AdaptedModel, attach
+from graftory.adapters.adapted import AdaptedModel, attach, is_adapted
 from graftory.adapters.create import new_adapter
 from graftory.adapters.fingerprint import base_of
 from graftory.adapters.route import Row
 from graftory.adapters.table import METHODS
 
-__all__ = ["METHODS", "AdaptedModel", "Row", "attach", "base_of", "new_adapter"]
+__all__ = ["METHODS", "AdaptedModel", "Row", "attach", "base_of", "is_adapted", "new_adapter"]

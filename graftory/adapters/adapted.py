@@ -38,6 +38,8 @@ class AdaptedModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel, base: BaseModel | None = None) -> None:
         super().__init__()
+        if is_adapted(model):
+            raise RouteError("adapters are attached to this model already: add() more to those, or detach() them first")
         self.model = model
         self.sites = nn.ModuleDict()
         self.heads = nn.ModuleDict()
@@ -220,6 +222,12 @@ class AdaptedModel(nn.Module):
         return site
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether adapters sit in a model, by the hooks on its modules."""
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    return any(isinstance(getattr(hook, "__self__", None), Site | HeadSite) for hook in hooks)
+
+
 def attach(model: PreTrainedModel, adapters: Mapping[str, Adapter], *, check_base: bool = True) -> AdaptedModel:
     """Put adapters into a model; nothing of the model itself changes.
 
@@ -231,6 +239,7 @@ def attach(model: PreTrainedModel, adapters: Mapping[str, Adapter], *, check_bas
     Raises:
         BaseMismatchError: If an adapter was trained on another base, or the model lacks one of its modules.
         ShapeError: If a tensor does not fit the model.
+        RouteError: If adapters are attached to it already.
     """
     adapted = AdaptedModel(model)
     try:

@@ -77,16 +77,21 @@ class HeadSite(nn.Module):
         if not used:
             return None
         if len(used) == 1 and None not in rows:
-            only: Tensor = self.weights[next(iter(used))](*args)
-            return only
+            return self._logits(next(iter(used)), args[0]).to(output.dtype)
         x = args[0]
-        logits = {slot: self.weights[slot](x[where]) for slot, where in used.items()}
+        logits = {slot: self._logits(slot, x[where]).to(output.dtype) for slot, where in used.items()}
         width = max(output.shape[-1], *(piece.shape[-1] for piece in logits.values()))
         result = _padded(output, width)
         for slot, piece in logits.items():
             where = torch.tensor(used[slot], device=x.device)
-            result = result.index_copy(0, where, _padded(piece, width).to(result.dtype))
+            result = result.index_copy(0, where, _padded(piece, width))
         return result
+
+    def _logits(self, slot: str, x: Tensor) -> Tensor:
+        """One head's outputs, in the precision it was stored in whatever the base's is."""
+        head = self.weights[slot]
+        logits: Tensor = head(x.to(next(head.parameters()).dtype))
+        return logits
 
 
 def _padded(logits: Tensor, width: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftory.adapter import Adapter, TaskInfo
-from graftory.adapters import AdaptedModel, base_of
+from graftory.adapters import AdaptedModel, base_of, is_adapted
 from graftory.adapters.architectures import is_linear, module_at
 from graftory.compose.card import save_export
 from graftory.config import LoraConfig
@@ -47,7 +47,7 @@ def export(model: PreTrainedModel, adapter: Adapter, *, head: Adapter | None = N
         MergeError: If the update is not linear in the weights, or a module cannot take it.
         BaseMismatchError: If the adapter belongs to another base.
     """
-    if isinstance(model, AdaptedModel):
+    if is_adapted(model):
         raise MergeError("got a model with adapters attached, wanted the plain base; call detach() first")
     _check_bases(model, [adapter] if head is None else [adapter, head])
     config = adapter.spec.config

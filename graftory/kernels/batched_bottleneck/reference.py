@@ -20,7 +20,7 @@ def reference(
 ) -> Tensor:
     """See `batched_bottleneck`; here x is [N, T, D]."""
     used = index.clamp(min=0)
-    factor = torch.where(index >= 0, scale.to(down.dtype)[used], 0.0)
+    factor = scale.to(down.dtype)[used][:, None, None]
     hidden = activation(torch.baddbmm(down_bias[used].unsqueeze(1), x, down[used].transpose(1, 2)))
     output = torch.baddbmm(up_bias[used].unsqueeze(1), hidden, up[used].transpose(1, 2))
-    return output * factor[:, None, None]
+    return (output * factor).masked_fill((index < 0)[:, None, None], 0.0)

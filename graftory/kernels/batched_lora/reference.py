@@ -9,9 +9,11 @@ from torch import Tensor
 def reference(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, index: Tensor) -> Tensor:
     """See `batched_lora`; here x is [N, T, D_in]."""
     used = index.clamp(min=0)
-    factor = torch.where(index >= 0, scale.to(a.dtype)[used], 0.0)
+    factor = scale.to(a.dtype)[used][:, None, None]
     if a.shape[0] == 1:
-        hidden = x @ a[0].T
-        return (hidden @ b[0].T) * factor[:, None, None]
-    hidden = torch.bmm(x, a[used].transpose(1, 2)) * factor[:, None, None]
-    return torch.bmm(hidden, b[used].transpose(1, 2))
+        update = ((x @ a[0].T) * factor) @ b[0].T
+    else:
+        hidden = torch.bmm(x, a[used].transpose(1, 2)) * factor
+        update = torch.bmm(hidden, b[used].transpose(1, 2))
+    # not a product with zero: an adapter that holds NaN must not reach rows that do not use it
+    return update.masked_fill((index < 0)[:, None, None], 0.0)
