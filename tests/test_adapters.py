@@ -3,56 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from graftory import Adapter, AdapterConfig, BottleneckConfig, LoraConfig, TaskInfo, attach, base_of, new_adapter
-from graftory.adapters import Row
+from graftory import BottleneckConfig, LoraConfig, attach, base_of, new_adapter
 from graftory.config import Placement
 from graftory.errors import BaseMismatchError, RouteError, ShapeError, UnsupportedAdapterError
+from tests.adapter_samples import PLACEMENTS, ROWS, eight, logits, make, task
 from tests.conftest import tiny_batch, tiny_model
-
-PLACEMENTS: tuple[Placement, ...] = ("houlsby", "pfeiffer", "parallel")
-
-
-def task(labels: int) -> TaskInfo:
-    return TaskInfo(f"task{labels}", "classification", tuple(f"label {i}" for i in range(labels)))
-
-
-def shaken(adapter: Adapter, seed: int = 0) -> Adapter:
-    """The adapter with random weights everywhere, as if trained, so that its update is far from zero."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = {key: 0.2 * torch.randn(value.shape, generator=generator) for key, value in adapter.tensors.items()}
-    return replace(adapter, tensors={key: value + noise[key] for key, value in adapter.tensors.items()})
-
-
-def make(model: Any, config: AdapterConfig, labels: int = 0, seed: int = 0) -> Adapter:
-    return shaken(new_adapter(model, config, task=task(labels) if labels else None), seed)
-
-
-def logits(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    output: Tensor = model(**batch).logits
-    return output
-
-
-def eight(model: Any) -> dict[str, Adapter]:
-    """LoRA of two ranks, bottlenecks, heads of different sizes, and one without a head."""
-    return {
-        "small": make(model, LoraConfig(rank=2), labels=6, seed=1),
-        "large": make(model, LoraConfig(rank=5, alpha=7, rslora=True, targets=("all",)), labels=3, seed=2),
-        "neck": make(model, BottleneckConfig(size=6, activation="gelu"), labels=2, seed=3),
-        "headless": make(model, BottleneckConfig(size=3, placement="houlsby"), seed=4),
-        "beside": make(model, BottleneckConfig(size=4, placement="parallel", scale=2.0), labels=5, seed=5),
-    }
-
-
-ROWS: Sequence[Row] = ("small", None, "large", "neck", "headless", None, "beside", "small")
 
 
 def test_mixed_batch_equals_single_runs(kind: str) -> None:
@@ -167,69 +129,6 @@ def test_mixture_is_the_weighted_sum_of_updates() -> None:
     expected = torch.nn.functional.linear(x, query.weight, query.bias)
     torch.testing.assert_close(out[0], expected[0] + x[0] @ delta.T, atol=1e-5, rtol=1e-5)
     assert torch.equal(out[1], expected[1])
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_bert_placements_equal_their_formulas(placement: Placement) -> None:
-    """The last layer's output by hand, from the block's own modules."""
-    model = tiny_model("bert")
-    adapter = make(model, BottleneckConfig(placement=placement, size=5, activation="relu", scale=1.5))
-    adapted = attach(model, {"a": adapter})
-    with adapted.route("a"), torch.no_grad():
-        states = adapted(**tiny_batch("bert"), output_hidden_states=True).hidden_states
-    adapted.detach()
-    layer = model.bert.encoder.layer[1]
-
-    def neck(site: str, x: Tensor) -> Tensor:
-        t = {key.removeprefix(f"{site}."): value for key, value in adapter.tensors.items() if key.startswith(site)}
-        hidden = torch.relu(x @ t["adapter_down.weight"].T + t["adapter_down.bias"])
-        return 1.5 * (hidden @ t["adapter_up.weight"].T + t["adapter_up.bias"])
-
-    at = "bert.encoder.layer.1"
-    mask = tiny_batch("bert")["attention_mask"][:, None, None, :].bool()
-    with torch.no_grad():
-        x = states[1]
-        h = layer.attention.output.dense(layer.attention.self(x, attention_mask=mask)[0])
-        h = h + neck(f"{at}.attention.output.dense", h) if placement == "houlsby" else h
-        x = layer.attention.output.LayerNorm(h + x)
-        h = layer.output.dense(layer.intermediate(x))
-        norm = layer.output.LayerNorm
-        expected = {
-            "houlsby": lambda: norm(h + neck(f"{at}.output.dense", h) + x),
-            "parallel": lambda: norm(h + neck(f"{at}.output.dense", x) + x),
-            "pfeiffer": lambda: norm(neck(f"{at}.output.LayerNorm", norm(h + x)) + h + x),
-        }[placement]()
-    torch.testing.assert_close(states[2], expected, atol=1e-5, rtol=1e-5)
-
-
-def _keep(seen: dict[str, Tensor], name: str, value: Tensor) -> None:
-    seen[name] = value
-
-
-def test_pre_norm_placements_equal_their_formulas() -> None:
-    """Llama: Pfeiffer reads the residual stream behind the block, parallel the one ahead of the FFN's norm."""
-    model, batch = tiny_model("llama"), tiny_batch("llama")
-    for placement in PLACEMENTS[1:]:
-        adapter = make(model, BottleneckConfig(placement=placement, size=5, activation="silu"))
-        seen: dict[str, Tensor] = {}
-        layer = model.model.layers[0]
-        keep_x, keep_h = partial(_keep, seen, "x"), partial(_keep, seen, "h")
-        handles = [
-            layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args, keep=keep_x: keep(args[0])),
-            layer.mlp.down_proj.register_forward_hook(lambda _, args, out, keep=keep_h: keep(out)),
-        ]
-        adapted = attach(model, {"a": adapter})
-        with adapted.route("a"), torch.no_grad():
-            states = adapted(**batch, output_hidden_states=True).hidden_states
-        adapted.detach()
-        for handle in handles:
-            handle.remove()
-        site = "model.layers.0" if placement == "pfeiffer" else "model.layers.0.mlp.down_proj"
-        t = {part: adapter.tensors[f"{site}.adapter_{part}"] for part in ("down.weight", "down.bias", "up.weight")}
-        source = seen["x"] + seen["h"] if placement == "pfeiffer" else seen["x"]
-        hidden = torch.nn.functional.silu(source @ t["down.weight"].T + t["down.bias"])
-        up = hidden @ t["up.weight"].T + adapter.tensors[f"{site}.adapter_up.bias"]
-        torch.testing.assert_close(states[1], seen["x"] + seen["h"] + up, atol=1e-5, rtol=1e-5)
 
 
 def test_only_the_chosen_adapter_learns() -> None:

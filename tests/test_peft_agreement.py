@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from graftory import Hub, LoraConfig, TaskInfo, attach, new_adapter
+from tests.adapter_samples import shaken
 from tests.conftest import tiny_batch, tiny_model
-from tests.test_adapters import shaken
 
 TARGETS = {
     "bert": ["query", "value", "intermediate.dense"],

@@ -6,7 +6,7 @@ from graftory.training.evaluate import Job, evaluate
 from graftory.training.losses import RowLosses, row_losses
 from graftory.training.metrics import METRICS, measure
 from graftory.training.predict import Prediction, Query, predict
-from graftory.training.train import library_versions, train
+from graftory.training.train import train
 from graftory.training.trainer import GradientHook, Hooks, LossTerm, StepContext
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "StepContext",
     "TrainSettings",
     "evaluate",
-    "library_versions",
     "load_base",
     "measure",
     "predict",

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,8 +25,8 @@ from graftory.training.base import LoadedBase
 from graftory.training.encode import Collator, encode
 from graftory.training.progress import TrainingProgress
 from graftory.training.trainer import NO_HOOKS, AdapterTrainer, Hooks, last_checkpoint
+from graftory.versions import library_versions
 
-_LIBRARIES = ("graftory", "torch", "transformers", "peft")
 _RUN_FILE = "run.json"
 
 
@@ -85,11 +84,6 @@ def train(
         trainer = AdapterTrainer(adapted, name, task.kind, arguments, examples, collator, hooks, (*callbacks, progress))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         return _with_lineage(adapted.extract(name), task, rows, settings)
-
-
-def library_versions() -> dict[str, str]:
-    """The versions that go into a lineage."""
-    return {library: version(library) for library in _LIBRARIES}
 
 
 def _start(loaded: LoadedBase, task: TaskFile, rows: Rows, config: AdapterConfig, init: Adapter | None) -> Adapter:

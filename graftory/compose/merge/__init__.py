@@ -11,9 +11,9 @@ from graftory.compose.merge.base import Body, MergeMethod, MergeParameters, body
 from graftory.compose.merge.heads import common_base, merge_heads
 from graftory.compose.merge.linear import LINEAR
 from graftory.compose.merge.soup import SOUP
-from graftory.compose.merge.versions import library_versions
 from graftory.errors import MergeError
 from graftory.schema import Json, decode, encode
+from graftory.versions import library_versions
 
 METHODS: Mapping[str, MergeMethod] = {row.name: row for row in (LINEAR, SOUP)}
 """Every merge method, by name."""
