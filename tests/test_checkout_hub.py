@@ -1,0 +1,40 @@
+"""The hub at the root of the checkout: small, intact, and of use in a fresh clone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from graftory import Hub
+from graftory.cli import cli
+
+ROOT = Path(__file__).parent.parent
+MEGABYTE = 1_000_000
+
+
+def test_it_holds_intact_adapters_in_two_megabytes(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / ".hub", tmp_path / ".hub", ignore=shutil.ignore_patterns("lock", "tmp"))
+    shutil.copy(ROOT / "registry.json", tmp_path)
+    hub = Hub.open(tmp_path)
+    assert {row.name for row in hub.index()} >= {"trec", "sms", "rotten-tomatoes", "disaster"}
+    for row in hub.index():
+        adapter = hub.get(row.name)  # hashes every byte
+        assert adapter.spec.base.id == "wheel:minilm"
+        assert adapter.spec.metrics[0].value > 0.75
+    before = (tmp_path / "registry.json").read_bytes()
+    hub.rebuild_index()
+    assert (tmp_path / "registry.json").read_bytes() == before
+    assert sum(path.stat().st_size for path in (tmp_path / ".hub").rglob("*") if path.is_file()) <= 2 * MEGABYTE
+
+
+@pytest.mark.real
+def test_predict_works_in_a_fresh_checkout() -> None:
+    arguments = ["--registry", str(ROOT), "predict", "trec", "How far is the moon?", "Who wrote Hamlet?", "--json"]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    rows = json.loads(result.stdout)
+    assert [row["label"] for row in rows] == ["number", "human"]
+    assert all(row["probability"] > 0.9 for row in rows)
