@@ -48,6 +48,7 @@ def test_demo_goes_on_after_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Hub.create(tmp_path)  # as in a checkout: the demo's folder lies inside another hub, which it leaves alone
     folder = tmp_path / "demo"
 
     def stop(_: steps.Bench) -> None:
@@ -73,4 +74,5 @@ def test_demo_goes_on_after_it_was_stopped(
     shown = capsys.readouterr().out
     assert "done before" in shown
     assert "isolated: backward transfer (BWT)" in shown
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", "registry.json", ".hub"}
+    assert Hub.open(tmp_path).index() == ()

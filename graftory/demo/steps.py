@@ -67,7 +67,8 @@ def train_one(bench: Bench, planned: Planned) -> Json:
 
 def share(bench: Bench) -> Json:
     """Push everything to a second hub, and pull one adapter from there into a third."""
-    remote = (bench.folder / "second-hub").resolve().as_uri()
+    # made first: in a checkout the folder lies inside the checkout's own hub
+    remote = Hub.create(bench.folder / "second-hub").root.as_uri()
     pushed = [bench.hub.push(planned.name, remote) for planned in plan.ADAPTERS]
     third = Hub.create(bench.folder / "third-hub")
     pulled = third.pull(f"{remote}/{plan.EXPORTED}")

@@ -98,7 +98,10 @@ def _open_directory(address: str) -> Remote:
     if not is_hub(folder):
         outer = next((parent for parent in folder.parents if is_hub(parent)), None)
         if outer is not None:
-            raise RemoteError(f"{address}: lies inside the hub {outer}; push to file://{outer.as_posix()}")
+            raise RemoteError(
+                f"{address}: lies inside the hub {outer}; push to file://{outer.as_posix()}, or make a hub of its own "
+                f"there first: hub init {folder}"
+            )
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RemoteError(f"{address}: exists and is not a hub; give a hub, an empty folder or a new one")
     return DirectoryRemote(folder)
