@@ -13,6 +13,9 @@ from graftory.schema import Json
 
 __all__ = ["run_demo"]
 
+_PIPE_WIDTH = 120
+"""Columns of the table where there is no terminal to ask."""
+
 
 def run_demo(folder: Path) -> dict[str, Json]:
     """Do every step that has no result yet, then show all results.
@@ -29,6 +32,8 @@ def run_demo(folder: Path) -> dict[str, Json]:
     from graftory.demo.summary import draw, make_table
 
     console = Console()
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
     results = _do_all(folder, console.print)
     pictures = draw(results, folder)
     console.print()

@@ -96,7 +96,6 @@ def measure(bench: Bench) -> Json:
     return {
         "own": dict(zip(adapters, values, strict=False)),
         "merged": dict(zip(plan.MERGED, values[len(adapters) :], strict=True)),
-        "tests": {job.name: len(job.rows) for job in jobs},
         "rows": sum(len(job.rows) for job in jobs),
         "seconds": time.monotonic() - start,
     }

@@ -19,11 +19,11 @@ def make_table(results: Mapping[str, Json]) -> Table:
     """All results in one table."""
     from rich.table import Table
 
-    table = Table(title="graftory demo: all-MiniLM-L6-v2, four tasks", title_justify="left")
-    for column in ("what", "result", "how it was measured"):
-        table.add_column(
-            column, justify="right" if column == "result" else "left", no_wrap=column != "how it was measured"
-        )
+    title = f"graftory demo: four tasks on all-MiniLM-L6-v2, {plan.TEST_ROWS} test rows each, one seed"
+    table = Table(title=title, title_justify="left")
+    table.add_column("what", no_wrap=True)
+    table.add_column("result", justify="right", no_wrap=True)
+    table.add_column("how")
     for section in (_adapters, _moves, _continual, _export):
         for row in section(results):
             table.add_row(*row)
@@ -37,9 +37,8 @@ def _adapters(results: Mapping[str, Json]) -> list[tuple[str, str, str]]:
     for planned in plan.ADAPTERS:
         trained = results[f"train-{planned.name}"]
         how = (
-            f"{planned.config.method}, {trained['weights'] / 1000:.0f} k weights; subsample of {trained['rows']} rows, "
-            f"{planned.settings.epochs:g} epochs in {trained['seconds']:.0f} s; "
-            f"{measured['tests'][planned.name]} test rows"
+            f"{planned.config.method}, {trained['weights'] / 1000:.0f} k weights, {planned.settings.epochs:g} epochs on "
+            f"{trained['rows']} rows (a subsample) in {trained['seconds']:.0f} s"
         )
         rows.append((f"{trained['ref']} accuracy", f"{percent(measured['own'][planned.name])} %", how))
     return rows
@@ -53,7 +52,7 @@ def _moves(results: Mapping[str, Json]) -> list[tuple[str, str, str]]:
         for name in plan.MERGED
     ]
     speed = f"{measured['rows'] / measured['seconds']:.0f} rows/s"
-    rows.append(("mixed batches", speed, f"{measured['rows']} test rows, every row its own adapter and head"))
+    rows.append(("mixed batches", speed, f"{measured['rows']} rows, each its own adapter and head"))
     pushed = f"{len(shared['pushed'])} pushed, {shared['pulled']} pulled"
     rows.append(("second hub", "same digest" if shared["same"] else "DIFFERENT", pushed))
     return rows
@@ -61,7 +60,7 @@ def _moves(results: Mapping[str, Json]) -> list[tuple[str, str, str]]:
 
 def _continual(results: Mapping[str, Json]) -> list[tuple[str, str, str]]:
     rows = []
-    small = f"4 tasks in turn, subsample of {plan.SEQUENCE_ROWS} rows each, {plan.SEQUENCE_TEST_ROWS} test rows"
+    small = f"4 tasks in turn, {plan.SEQUENCE_ROWS} rows each (a subsample), {plan.SEQUENCE_TEST_ROWS} test rows"
     for report in _reports(results):
         name, summary = report.strategy, report.summary
         rows.append((f"{name}, task id given: accuracy", f"{percent(summary.acc)} %", small))
@@ -79,7 +78,7 @@ def _reports(results: Mapping[str, Json]) -> list[Report]:
 
 def _export(results: Mapping[str, Json]) -> list[tuple[str, str, str]]:
     check = results["export"]
-    how = f"largest difference of logits, {check['rows']} test rows, reloaded by transformers"
+    how = f"largest difference of logits on {check['rows']} test rows, reloaded with transformers alone"
     return [(f"{plan.EXPORTED} as one plain model", f"{check['max_difference']:.1e}", how)]
 
 
