@@ -92,6 +92,16 @@ def test_init_makes_a_hub_and_leaves_one_alone(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "registry.json").is_file()
 
 
+def test_init_without_a_folder_makes_it_where_the_registry_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(cli, ["--registry", str(tmp_path / "there"), "init"]).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert CliRunner().invoke(cli, ["init"]).exit_code == 0
+    assert (tmp_path / "registry.json").is_file()
+
+
 def test_list_of_an_empty_hub_says_what_to_do(run: Run) -> None:
     assert "hub train" in run("list").output
     assert as_json(run("list", "--json")) == []

@@ -165,9 +165,14 @@ def _batched(
 
 @contextmanager
 def _attached(loaded: LoadedBase, queries: Iterable[Query]) -> Iterator[tuple[AdaptedModel, Mapping[int, str]]]:
-    """The base with all adapters of the queries in it, each once; names by the identity of the adapter."""
+    """The base with all adapters of the queries in it, each once; names, which errors show, by the identity of
+    the adapter.
+    """
     unique = {id(each): each for query in queries for each in (query.adapter, query.head) if each is not None}
-    names = {key: f"adapter {number}" for number, key in enumerate(unique)}
+    names: dict[int, str] = {}
+    for key, adapter in unique.items():
+        name = adapter.spec.task.name if adapter.spec.task else adapter.spec.method
+        names[key] = name if name not in names.values() else f"{name} ({len(names) + 1})"
     adapted = AdaptedModel(loaded.model, loaded.base)
     was_training = loaded.model.training
     loaded.model.eval()
