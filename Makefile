@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CODE := graftory tests examples
+CODE := graftory tests examples benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format clean

@@ -20,6 +20,18 @@ def as_rows(x: Tensor) -> tuple[Tensor, torch.Size]:
     return x.reshape(x.shape[0], -1, x.shape[-1]), x.shape
 
 
+def clear_unused(update: Tensor, index: Tensor) -> Tensor:
+    """Exact zeros where `index` is -1, [N, ...] by [N].
+
+    Not a product with zero: an adapter that holds NaN must not reach rows that do not use it. On the CPU, where
+    looking is free, nothing is done if every row has an adapter.
+    """
+    unused = index < 0
+    if unused.device.type == "cpu" and not bool(unused.any()):
+        return update
+    return update.masked_fill(unused.view(-1, *[1] * (update.dim() - 1)), 0.0)
+
+
 def stack_padded(tensors: Sequence[Tensor], dim: int) -> Tensor:
     """Stack matrices that differ in size along `dim` alone, with zeros behind the shorter ones.
 

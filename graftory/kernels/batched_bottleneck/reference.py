@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from graftory.kernels.shapes import clear_unused
+
 
 def reference(
     x: Tensor,
@@ -23,4 +25,4 @@ def reference(
     factor = scale.to(down.dtype)[used][:, None, None]
     hidden = activation(torch.baddbmm(down_bias[used].unsqueeze(1), x, down[used].transpose(1, 2)))
     output = torch.baddbmm(up_bias[used].unsqueeze(1), hidden, up[used].transpose(1, 2))
-    return (output * factor).masked_fill((index < 0)[:, None, None], 0.0)
+    return clear_unused(output * factor, index)

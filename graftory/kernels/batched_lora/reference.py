@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graftory.kernels.shapes import clear_unused
+
 
 def reference(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, index: Tensor) -> Tensor:
     """See `batched_lora`; here x is [N, T, D_in]."""
@@ -15,5 +17,4 @@ def reference(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, index: Tensor) -> 
     else:
         hidden = torch.bmm(x, a[used].transpose(1, 2)) * factor
         update = torch.bmm(hidden, b[used].transpose(1, 2))
-    # not a product with zero: an adapter that holds NaN must not reach rows that do not use it
-    return update.masked_fill((index < 0)[:, None, None], 0.0)
+    return clear_unused(update, index)
