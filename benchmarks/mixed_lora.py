@@ -1,6 +1,6 @@
 """One batch whose rows use different LoRA adapters: the base alone, graftory, and PEFT, in the same run.
 
-    python benchmarks/mixed_batch.py
+    python benchmarks/mixed_lora.py
 
 MiniLM's shape (BERT, 6 layers, hidden 384), random weights, rank 8 on all linear layers, 32 rows of 16 tokens, fp32.
 Forward: PEFT's `adapter_names`. Forward and backward: PEFT raises on a mixed batch in training mode, so its column is
@@ -30,7 +30,7 @@ from graftory.versions import library_versions
 ROWS, TOKENS, RANK = 32, 16, 8
 ADAPTERS = (1, 4, 8, 32)
 REPEATS = 15
-RESULTS = Path(__file__).parent / "results" / "mixed_batch.json"
+RESULTS = Path(__file__).parent / "results" / "mixed_lora.json"
 Run = Callable[[], object]
 
 
