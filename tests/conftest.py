@@ -63,11 +63,26 @@ TINY: Mapping[str, Callable[[], PreTrainedModel]] = {
 }
 """A classification model of every architecture, hidden 32, two layers."""
 
+RELATIVES: Mapping[str, Callable[[], PreTrainedModel]] = {
+    "camembert": lambda: transformers.CamembertForSequenceClassification(transformers.CamembertConfig(**_TEXT)),
+    "electra": lambda: transformers.ElectraForSequenceClassification(
+        transformers.ElectraConfig(**_TEXT, embedding_size=16)
+    ),
+    "mistral": lambda: transformers.MistralForSequenceClassification(
+        transformers.MistralConfig(**_TEXT, **_SPECIAL, num_key_value_heads=2)
+    ),
+    "qwen3": lambda: transformers.Qwen3ForSequenceClassification(
+        transformers.Qwen3Config(**_TEXT, **_SPECIAL, num_key_value_heads=2, head_dim=8)
+    ),
+    "xlm-roberta": lambda: transformers.XLMRobertaForSequenceClassification(transformers.XLMRobertaConfig(**_TEXT)),
+}
+"""Models that share a row of the table of architectures with one of the above."""
+
 
 def tiny_model(kind: str, seed: int = 0) -> Any:
     """A tiny random model in evaluation mode; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    return TINY[kind]().eval()
+    return {**TINY, **RELATIVES}[kind]().eval()
 
 
 def tiny_batch(kind: str, rows: int = 8, seed: int = 1) -> dict[str, Tensor]:

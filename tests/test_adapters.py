@@ -14,9 +14,10 @@ from graftory import BottleneckConfig, LoraConfig, attach, base_of, new_adapter
 from graftory.config import Placement
 from graftory.errors import BaseMismatchError, RouteError, ShapeError, UnsupportedAdapterError
 from tests.adapter_samples import PLACEMENTS, ROWS, eight, logits, make, task
-from tests.conftest import tiny_batch, tiny_model
+from tests.conftest import RELATIVES, TINY, tiny_batch, tiny_model
 
 
+@pytest.mark.parametrize("kind", [*TINY, *RELATIVES])
 def test_mixed_batch_equals_single_runs(kind: str) -> None:
     model, batch = tiny_model(kind), tiny_batch(kind)
     with torch.no_grad():

@@ -58,7 +58,7 @@ def save_export(
 def model_card(model: PreTrainedModel, adapter: Adapter | None) -> str:
     """A short README.md: what it is, how to load it, what was measured."""
     header = ["---", "library_name: transformers"]
-    lines = [f"A plain `{type(model).__name__}` exported by [graftory](https://pypi.org/project/graftory/)."]
+    lines = [f"A plain `{type(model).__name__}` exported by graftory."]
     if adapter is not None:
         spec = adapter.spec
         header.append(f"base_model: {spec.base.id}")
