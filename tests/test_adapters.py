@@ -224,6 +224,24 @@ def test_wrong_shapes_are_refused_and_the_others_keep_working() -> None:
         assert logits(adapted, tiny_batch("bert")).shape == (8, 3)
 
 
+def test_one_adapter_leaves_and_the_others_stay() -> None:
+    model, batch = tiny_model("bert"), tiny_batch("bert")
+    adapted = attach(model, eight(model))
+    with adapted.route("neck"), torch.no_grad():
+        before = logits(adapted, batch)
+    for name in ("small", "large", "beside", "headless"):
+        adapted.remove(name)
+    assert adapted.names == ("neck",)
+    with adapted.route("neck"), torch.no_grad():
+        assert torch.equal(logits(adapted, batch), before)
+    with pytest.raises(RouteError, match="no adapter 'small' is attached; attached: neck"):
+        adapted.route("small")
+    hooked = [name for name, module in model.named_modules() if module._forward_hooks]
+    assert hooked == [*(f"bert.encoder.layer.{i}.output.LayerNorm" for i in range(2)), "classifier"]
+    adapted.remove("neck")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_routes_are_checked_and_undone_after_errors() -> None:
     model, batch = tiny_model("bert"), tiny_batch("bert")
     bare = logits(model, batch)

@@ -53,6 +53,11 @@ class LoraSite(Site[LoraConfig]):
         super().put(slot, config, path, tensors)
         self.scales[slot] = config.scale_of(path)
 
+    def drop(self, slot: str) -> None:
+        """See `Site.drop`."""
+        super().drop(slot)
+        del self.scales[slot]
+
     def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         route = self.route()
         selection = route.select(list(self.configs), args[0]) if route else None
