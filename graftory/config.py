@@ -28,6 +28,8 @@ class AdapterConfig:
     """What every method has: where it sits and how it was initialised."""
 
     method: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
+    """Names of a method's tensors at one site, behind the module path."""
 
     targets: tuple[str, ...] = ()
     """Sites. Before creation: group names of the architecture table (empty = the method's default);
@@ -42,6 +44,7 @@ class LoraConfig(AdapterConfig):
     """LoRA (Hu et al. 2022, arXiv:2106.09685): y = W x + s B A x, s = alpha/r, or alpha/sqrt(r) (rsLoRA)."""
 
     method: ClassVar[str] = "lora"
+    parts: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight")
 
     rank: int = option("rank r of the update", 8)
     alpha: float = option("scale: s = alpha / rank", 16.0)
@@ -82,6 +85,12 @@ class BottleneckConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "bottleneck"
+    parts: ClassVar[tuple[str, ...]] = (
+        "adapter_down.weight",
+        "adapter_down.bias",
+        "adapter_up.weight",
+        "adapter_up.bias",
+    )
 
     placement: Placement = option("where it sits", "pfeiffer")
     size: int = option("hidden units of the bottleneck", 48)

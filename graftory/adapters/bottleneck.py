@@ -28,13 +28,11 @@ from graftory.errors import UnsupportedAdapterError
 from graftory.kernels import batched_bottleneck
 from graftory.kernels.shapes import stack_padded
 
-DOWN, DOWN_BIAS, UP, UP_BIAS = "adapter_down.weight", "adapter_down.bias", "adapter_up.weight", "adapter_up.bias"
+DOWN, DOWN_BIAS, UP, UP_BIAS = BottleneckConfig.parts
 
 
 class BottleneckSite(Site[BottleneckConfig]):
     """Bottleneck weights at one site: D [size, d], c [size], U [d, size], e [d] of each adapter."""
-
-    parts = (DOWN, DOWN_BIAS, UP, UP_BIAS)
 
     def __init__(self, model: PreTrainedModel, path: str, owner: int) -> None:
         super().__init__(model, path, owner)

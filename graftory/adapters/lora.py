@@ -26,13 +26,11 @@ from graftory.errors import UnsupportedAdapterError
 from graftory.kernels import batched_lora
 from graftory.kernels.shapes import stack_padded
 
-A, B = "lora_A.weight", "lora_B.weight"
+A, B = LoraConfig.parts
 
 
 class LoraSite(Site[LoraConfig]):
     """LoRA weights at one linear layer: A [r, d_in], B [d_out, r] of each adapter."""
-
-    parts = (A, B)
 
     def __init__(self, model: PreTrainedModel, path: str, owner: int) -> None:
         super().__init__(model, path, owner)

@@ -30,8 +30,6 @@ class Site(nn.Module, ABC, Generic[C]):
         owner: Identity of the adapted model, to find its route.
     """
 
-    parts: tuple[str, ...]
-    """Names of an adapter's tensors here, behind the module path."""
     module: nn.Module
     """The base's module."""
 
@@ -80,7 +78,7 @@ class Site(nn.Module, ABC, Generic[C]):
 
     def tensors(self, slot: str, path: str) -> dict[str, Tensor]:
         """Copies of an adapter's weights, on the CPU, under its own spelling of the path."""
-        return {f"{path}.{part}": self.get(slot, part).detach().cpu().clone() for part in self.parts}
+        return {f"{path}.{part}": self.get(slot, part).detach().cpu().clone() for part in self.configs[slot].parts}
 
     def get(self, slot: str, part: str) -> Tensor:
         """One weight of one adapter."""

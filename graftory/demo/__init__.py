@@ -69,9 +69,10 @@ def _do_all(folder: Path, say: Callable[[str], None]) -> dict[str, Json]:
 
 
 def _do(journal: Journal, step: str, title: str, make: Callable[[], Json], say: Callable[[str], None]) -> Json:
-    if journal.get(step) is not None:
+    known = journal.get(step)
+    if known is not None:
         say(f"{title}: done before")
-        return journal.get(step)
+        return known
     say(title)
     start = time.monotonic()
     result = journal.once(step, make)

@@ -67,7 +67,7 @@ def _continual(results: Mapping[str, Json]) -> list[tuple[str, str, str]]:
         rows.append((f"{name}: backward transfer (BWT)", points(summary.bwt), "points; below 0 is forgetting"))
         if report.routing is not None:
             right = f"names the right task for {percent(report.routing.id_accuracy)} % of rows"
-            how = f"{right}; {points(report.routing.regret)} points lost to wrong names"
+            how = f"{right}; {percent(report.routing.regret)} points lost to wrong names"
             rows.append((f"{name}, router: accuracy", f"{percent(report.routing.acc)} %", how))
     return rows
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +100,7 @@ class AdapterTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each batch
         self.adapted, self.name, self.kind, self.hooks = adapted, name, kind, hooks
-        self._sums: dict[str, float] = defaultdict(float)
+        self._sums: dict[str, Tensor | float] = {}
         self._batches = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
@@ -130,16 +129,17 @@ class AdapterTrainer(Trainer):
             if terms.keys() & more.keys():
                 raise ConfigError(f"two loss terms are called {sorted(terms.keys() & more.keys())[0]!r}; rename one")
             terms |= more
-        for name, value in terms.items():
-            self._sums[name] += float(value.detach())
+        for name, value in terms.items() if len(terms) > 1 else ():
+            # a tensor, so that no step waits for the device
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
         self._batches += 1
         loss = torch.stack([value.float().reshape(()) for value in terms.values()]).sum()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the mean of every loss term beside the total."""
-        if self._batches and "loss" in logs and len(self._sums) > 1:
-            logs = {**logs, **{f"loss_{name}": total / self._batches for name, total in self._sums.items()}}
+        if self._sums and "loss" in logs:
+            logs = {**logs, **{f"loss_{name}": float(total) / self._batches for name, total in self._sums.items()}}
         if "loss" in logs:
             self._sums.clear()
             self._batches = 0

@@ -12,7 +12,7 @@ from graftory.compose.merge.base import Body, check_keys, most_common, union_of_
 from graftory.config import BottleneckConfig
 from graftory.errors import MergeError
 
-_PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
+_DOWN, _DOWN_BIAS, _UP, _UP_BIAS = BottleneckConfig.parts
 
 
 def concatenate(bodies: Sequence[Body], weights: Sequence[float]) -> Body:
@@ -34,24 +34,24 @@ def concatenate(bodies: Sequence[Body], weights: Sequence[float]) -> Body:
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
     for body in bodies:
-        check_keys(body, [f"{site}.adapter_{part}" for site in body.config.targets for part in _PARTS])
+        check_keys(body, [f"{site}.{part}" for site in body.config.targets for part in body.config.parts])
     for site in union_of_targets(bodies):
         here = [
-            ({part: body.tensors[f"{site}.adapter_{part}"].float() for part in _PARTS}, weight * config.scale)
+            ({part: body.tensors[f"{site}.{part}"].float() for part in config.parts}, weight * config.scale)
             for body, config, weight in zip(bodies, configs, weights, strict=True)
             if site in config.targets
         ]
-        widths = {parts["up.bias"].shape[0] for parts, _ in here}
+        widths = {parts[_UP_BIAS].shape[0] for parts, _ in here}
         if len(widths) > 1:
             raise MergeError(f"{site}: adapters of widths {sorted(widths)}; are they of one base model?")
         merged = {
-            "down.weight": torch.cat([parts["down.weight"] for parts, _ in here]),
-            "down.bias": torch.cat([parts["down.bias"] for parts, _ in here]),
-            "up.weight": torch.cat([factor * parts["up.weight"] for parts, factor in here], dim=1),
-            "up.bias": torch.stack([factor * parts["up.bias"] for parts, factor in here]).sum(0),
+            _DOWN: torch.cat([parts[_DOWN] for parts, _ in here]),
+            _DOWN_BIAS: torch.cat([parts[_DOWN_BIAS] for parts, _ in here]),
+            _UP: torch.cat([factor * parts[_UP] for parts, factor in here], dim=1),
+            _UP_BIAS: torch.stack([factor * parts[_UP_BIAS] for parts, factor in here]).sum(0),
         }
-        sizes[site] = merged["down.bias"].shape[0]
-        tensors |= {f"{site}.adapter_{part}": tensor for part, tensor in merged.items()}
+        sizes[site] = merged[_DOWN_BIAS].shape[0]
+        tensors |= {f"{site}.{part}": tensor for part, tensor in merged.items()}
     size = most_common(list(sizes.values()))
     config = BottleneckConfig(
         targets=tuple(sizes),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from graftory.adapter import Adapter, AdapterSpec
 from graftory.config import BottleneckConfig
-from graftory.errors import CorruptAdapterError, UnsupportedAdapterError
+from graftory.errors import CorruptAdapterError
 from graftory.hub.codecs import tensors as shared
 from graftory.hub.records import TensorEntry
 from graftory.hub.safetensors_header import StoredTensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "adapter.safetensors"
-_PARTS = ("adapter_down.weight", "adapter_down.bias", "adapter_up.weight", "adapter_up.bias")
+_PARTS = BottleneckConfig.parts
 
 
 class NativeCodec:
@@ -40,7 +40,8 @@ class NativeCodec:
         config = spec.config
         if not isinstance(config, BottleneckConfig):
             raise CorruptAdapterError(f"{WEIGHTS}: the specification is of method {spec.method!r}; wanted bottleneck")
-        sites = _sites({key for key in stored if not shared.is_head(key, spec)})
+        body = [key for key in stored if not shared.is_head(key, spec)]
+        sites = shared.paths_of(body, _PARTS, f"{WEIGHTS}: tensor %r is not understood; wanted <site>.{_PARTS[0]}, ...")
         if set(sites) != set(config.targets):
             odd = sorted(set(sites) ^ set(config.targets))[0]
             raise CorruptAdapterError(
@@ -54,18 +55,6 @@ class NativeCodec:
     def decode(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
         """See `Codec`."""
         return shared.load(files[WEIGHTS])
-
-
-def _sites(keys: set[str]) -> list[str]:
-    sites = set()
-    for key in sorted(keys):
-        part = next((part for part in _PARTS if key.endswith(f".{part}")), None)
-        if part is None:
-            raise UnsupportedAdapterError(
-                f"{WEIGHTS}: tensor {key!r} is not understood; wanted <site>.{_PARTS[0]} and so on"
-            )
-        sites.add(key.removesuffix(f".{part}"))
-    return sorted(sites)
 
 
 def _check_site(site: str, stored: Mapping[str, StoredTensor], size: int) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_PARTS = ("lora_A.weight", "lora_B.weight")
+_PARTS = LoraConfig.parts
 
 
 class PeftCodec:
@@ -104,19 +104,13 @@ def _read(files: Mapping[str, bytes]) -> tuple[PeftLora, dict[str, StoredTensor]
 
 def _targets(body: Mapping[str, StoredTensor]) -> tuple[str, ...]:
     """Module paths of the LoRA pairs; refuses every other tensor by name."""
-    paths = set()
-    for key in sorted(body):
-        part = next((part for part in _PARTS if key.endswith(f".{part}")), None)
-        if part is None:
-            raise UnsupportedAdapterError(
-                f"{WEIGHTS}: tensor {key!r} is not understood; graftory reads lora_A, lora_B and modules_to_save"
-            )
-        paths.add(key.removesuffix(f".{part}"))
+    refusal = f"{WEIGHTS}: tensor %r is not understood; graftory reads lora_A, lora_B and modules_to_save"
+    paths = shared.paths_of(body, _PARTS, refusal)
     if not paths:
         raise CorruptAdapterError(f"{WEIGHTS}: no LoRA tensor in the file; wanted <module>.lora_A.weight and lora_B")
-    for path in sorted(paths):
+    for path in paths:
         _check_pair(path, body)
-    return tuple(sorted(paths))
+    return paths
 
 
 def _check_pair(path: str, body: Mapping[str, StoredTensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from graftory.adapter import AdapterSpec
@@ -54,6 +54,26 @@ def entries(stored: Mapping[str, StoredTensor], data: bytes) -> tuple[TensorEntr
     return tuple(
         TensorEntry(name, stored[name].shape, stored[name].dtype, stored[name].sha256(data)) for name in sorted(stored)
     )
+
+
+def paths_of(keys: Iterable[str], parts: Sequence[str], refusal: str) -> tuple[str, ...]:
+    """The module paths that tensors belong to, sorted.
+
+    Args:
+        keys: Names of tensors.
+        parts: What may stand behind a path.
+        refusal: The error's text, with `%r` for the name.
+
+    Raises:
+        UnsupportedAdapterError: If a tensor is none of the parts.
+    """
+    paths = set()
+    for key in sorted(keys):
+        part = next((part for part in parts if key.endswith(f".{part}")), None)
+        if part is None:
+            raise UnsupportedAdapterError(refusal % key)
+        paths.add(key.removesuffix(f".{part}"))
+    return tuple(sorted(paths))
 
 
 def is_head(key: str, spec: AdapterSpec) -> bool:
