@@ -83,3 +83,27 @@ def test_wrong_shapes_are_named() -> None:
     bias = torch.ones(1, 2)
     with pytest.raises(ValueError, match="up_bias"):
         batched_bottleneck(x, a, bias, a.transpose(1, 2), bias, scale, index, torch.relu)
+
+
+@pytest.mark.parametrize("adapters", [1, 3])
+def test_gradients_are_the_same_bits_every_time(adapters: int) -> None:
+    """On two threads too: a gradient that is summed in any order would train another adapter each time."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 16, 128, generator=generator)
+    weights = [torch.randn(adapters, *shape, generator=generator) for shape in ((16, 128), (16,), (128, 16), (128,))]
+    index, scale = torch.arange(32) % adapters, torch.ones(adapters)
+
+    def gradients() -> list[Tensor]:
+        leaves = [weight.clone().requires_grad_() for weight in weights]
+        down, down_bias, up, up_bias = leaves
+        neck = batched_bottleneck(x, down, down_bias, up, up_bias, scale, index, torch.relu)
+        (neck + batched_lora(x, down, up, scale, index)).square().sum().backward()
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first = gradients()
+        assert all(torch.equal(a, b) for _ in range(30) for a, b in zip(first, gradients(), strict=True))
+    finally:
+        torch.set_num_threads(threads)

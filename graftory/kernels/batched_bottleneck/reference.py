@@ -20,9 +20,14 @@ def reference(
     index: Tensor,
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """See `batched_bottleneck`; here x is [N, T, D]."""
+    """See `batched_bottleneck`; here x is [N, T, D].
+
+    `index_select`, not `down[used]`, whose backward adds in any order on several threads.
+    """
     used = index.clamp(min=0)
     factor = scale.to(down.dtype)[used][:, None, None]
-    hidden = activation(torch.baddbmm(down_bias[used].unsqueeze(1), x, down[used].transpose(1, 2)))
-    output = torch.baddbmm(up_bias[used].unsqueeze(1), hidden, up[used].transpose(1, 2))
+    hidden = activation(
+        torch.baddbmm(down_bias.index_select(0, used).unsqueeze(1), x, down.index_select(0, used).transpose(1, 2))
+    )
+    output = torch.baddbmm(up_bias.index_select(0, used).unsqueeze(1), hidden, up.index_select(0, used).transpose(1, 2))
     return clear_unused(output * factor, index)

@@ -9,12 +9,15 @@ from graftory.kernels.shapes import clear_unused
 
 
 def reference(x: Tensor, a: Tensor, b: Tensor, scale: Tensor, index: Tensor) -> Tensor:
-    """See `batched_lora`; here x is [N, T, D_in]."""
+    """See `batched_lora`; here x is [N, T, D_in].
+
+    `index_select`, not `a[used]`, whose backward adds in any order on several threads.
+    """
     used = index.clamp(min=0)
     factor = scale.to(a.dtype)[used][:, None, None]
     if a.shape[0] == 1:
         update = ((x @ a[0].T) * factor) @ b[0].T
     else:
-        hidden = torch.bmm(x, a[used].transpose(1, 2)) * factor
-        update = torch.bmm(hidden, b[used].transpose(1, 2))
+        hidden = torch.bmm(x, a.index_select(0, used).transpose(1, 2)) * factor
+        update = torch.bmm(hidden, b.index_select(0, used).transpose(1, 2))
     return clear_unused(update, index)
