@@ -91,7 +91,8 @@ class BaseModel:
 
     The fingerprints tell two bases apart whatever they are called: `config_hash` over architecture and
     shapes, `weights_hash` over all backbone weights rounded to bfloat16 (so that the same model loaded
-    in fp32 and in bf16 agrees). None where unknown, as in an adapter uploaded by a plain PEFT user.
+    in fp32 and in bf16 agrees), `tokenizer_hash` over what turns text into numbers. None where unknown,
+    as in an adapter uploaded by a plain PEFT user.
     """
 
     id: str
@@ -100,6 +101,7 @@ class BaseModel:
     """`config.model_type` of transformers: bert, gpt2, llama, ..."""
     config_hash: str | None = None
     weights_hash: str | None = None
+    tokenizer_hash: str | None = None
 
 
 TaskKind = Literal["classification", "regression", "causal_lm", "seq2seq"]
