@@ -63,3 +63,11 @@ class MergeError(GraftoryError, ValueError):
 
 class RemoteError(GraftoryError, OSError):
     """A remote that cannot be reached or is not what it should be."""
+
+
+class StorageError(GraftoryError, OSError):
+    """A disk that cannot take what should be written: full, over its quota, or a file too large for it."""
+
+
+class SignatureError(GraftoryError, ValueError):
+    """A signature that is missing, damaged, of another key, or not over what is here."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,15 @@ from graftory.adapters.architectures import HEADS
 from graftory.schema import canonical
 
 _NOT_BACKBONE = {*HEADS, "lm_head", "cls", "qa_outputs", "pooler"}
+_SET_BY_CALLS = ("padding", "truncation")
 
 
-def base_of(model: PreTrainedModel, id: str | None = None, revision: str | None = None) -> BaseModel:  # noqa: A002
+def base_of(
+    model: PreTrainedModel,
+    id: str | None = None,  # noqa: A002
+    revision: str | None = None,
+    tokenizer: Any = None,
+) -> BaseModel:
     """Describe a loaded model so that an adapter can say what it belongs to.
 
     Only the backbone counts: heads and pooler may be freshly initialised and differ from load to load.
@@ -27,6 +35,7 @@ def base_of(model: PreTrainedModel, id: str | None = None, revision: str | None 
         model: The model, with no adapter attached.
         id: What users load it by; the model's own `name_or_path` if not given.
         revision: Commit of the model on its hub, if known.
+        tokenizer: Its tokenizer, if it has one.
     """
     shapes, weights = [], hashlib.sha256()
     for name, tensor in _backbone(model):
@@ -41,7 +50,27 @@ def base_of(model: PreTrainedModel, id: str | None = None, revision: str | None 
         architecture=architecture,
         config_hash=f"sha256:{config.hexdigest()}",
         weights_hash=f"sha256:{weights.hexdigest()}",
+        tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
     )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Tell tokenizers apart: the sha256 of everything that turns text into numbers.
+
+    Of a fast tokenizer it is taken over its whole pipeline without padding and truncation, which every
+    call sets anew; of a slow one over its class, vocabulary and special tokens.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        pipeline = json.loads(backend.to_str())
+        content = {key: value for key, value in pipeline.items() if key not in _SET_BY_CALLS}
+    else:
+        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "special": special}
+    return f"sha256:{hashlib.sha256(canonical(content)).hexdigest()}"
 
 
 def _backbone(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftory.adapter import AdapterRef
 from graftory.errors import ConfigError, CorruptAdapterError
 from graftory.hub import strict_json
 from graftory.hub.files import write_atomic
+from graftory.hub.records import check_stored_name
 from graftory.schema import canonical, decode
 
 
@@ -59,4 +59,4 @@ class AliasStore:
         write_atomic(path, before + canonical(move) + b"\n", self.folder / "tmp")
 
     def _path(self, name: str) -> Path:
-        return self.folder / "aliases" / f"{AdapterRef(name).name}.jsonl"
+        return self.folder / "aliases" / f"{check_stored_name(name)}.jsonl"

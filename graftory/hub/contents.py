@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
-from graftory.errors import CorruptAdapterError
+from graftory.errors import CorruptAdapterError, GraftoryError
 from graftory.hub.codecs import codec_of
-from graftory.hub.records import Record, file_entries
+from graftory.hub.codecs.tensors import check_finite
+from graftory.hub.records import Record, TensorEntry, file_entries
 
 
 def check_file_names(record: Record) -> None:
@@ -20,14 +22,24 @@ def check_file_names(record: Record) -> None:
         raise CorruptAdapterError(f"{record.ref}: the record lists other files than {', '.join(wanted)}; it is forged")
 
 
-def check_contents(record: Record, files: Mapping[str, bytes]) -> None:
+def check_contents(record: Record, files: Mapping[str, memoryview], *, allow_nonfinite: bool = False) -> None:
     """Check hashes, formats, shapes, finite weights and the list of tensors.
 
     Raises:
         CorruptAdapterError: If the files are not what the record says.
         UnsupportedAdapterError: If they use something graftory does not do.
     """
-    if file_entries(files) != record.files:
+    with ThreadPoolExecutor(1) as pool:  # a hash of the files beside the hashes of their tensors, on two cores
+        hashed = pool.submit(file_entries, files)
+        try:
+            tensors: tuple[TensorEntry, ...] | GraftoryError = codec_of(record.spec).check(files, record.spec)
+        except GraftoryError as error:
+            tensors = error
+    if hashed.result() != record.files:
         raise CorruptAdapterError(f"{record.ref}: the bytes are not the recorded ones; get them again")
-    if codec_of(record.spec).check(files, record.spec) != record.tensors:
+    if isinstance(tensors, GraftoryError):
+        raise tensors
+    if tensors != record.tensors:
         raise CorruptAdapterError(f"{record.ref}: the record lists other tensors than its files hold; it is forged")
+    if not allow_nonfinite:
+        check_finite(files)

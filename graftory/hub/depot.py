@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 from graftory.adapter import AdapterRef, AdapterSpec
-from graftory.errors import AdapterNotFoundError, CorruptAdapterError, RemoteError, VersionConflictError
-from graftory.hub import index
+from graftory.errors import (
+    AdapterNotFoundError,
+    CorruptAdapterError,
+    GraftoryError,
+    RemoteError,
+    StorageError,
+    VersionConflictError,
+)
+from graftory.hub import index, pending
 from graftory.hub.aliases import AliasMove, AliasStore
 from graftory.hub.contents import check_contents, check_file_names
-from graftory.hub.files import make_folder, write_atomic
-from graftory.hub.records import SCHEMA, FileEntry, Record, RecordStore, TensorEntry, digest_of, file_entries
+from graftory.hub.files import disk, make_folder, map_file, write_atomic
+from graftory.hub.records import FileEntry, Record, RecordStore, TensorEntry, digest_of, file_entries
+from graftory.hub.signature_store import SignatureStore
+from graftory.hub.staging import Staging
 from graftory.hub.store import BlobStore
+
+Fetch = Callable[[FileEntry, Path], None]
+"""Makes a path hold the bytes of a file; what an earlier, broken try left there may be continued."""
 
 LOCK_SECONDS = 300.0
 """How long a writer waits for another one."""
@@ -54,6 +66,26 @@ class Depot:
         return AliasStore(self.folder)
 
     @property
+    def signatures(self) -> SignatureStore:
+        """The signatures."""
+        return SignatureStore(self.folder)
+
+    @property
+    def staging(self) -> Staging:
+        """The unfinished downloads."""
+        return Staging(self.folder)
+
+    @property
+    def tmp(self) -> Path:
+        """The folder of what is passing."""
+        return self.folder / "tmp"
+
+    @property
+    def pending_path(self) -> Path:
+        """The names whose rows a writer is changing, or was when it was broken off."""
+        return self.folder / "pending"
+
+    @property
     def index_path(self) -> Path:
         """The index file."""
         return self.root / index.FILE_NAME
@@ -64,7 +96,7 @@ class Depot:
         with self.lock():
             for name, data in _FOR_GIT.items():
                 if not (self.folder / name).exists():
-                    write_atomic(self.folder / name, data, self.folder / "tmp")
+                    write_atomic(self.folder / name, data, self.tmp)
             if not self.index_path.exists():
                 self.rebuild()
 
@@ -89,30 +121,55 @@ class Depot:
             lock.release()
 
     def rows(self) -> tuple[index.IndexRow, ...]:
-        """The index; made from the records where `registry.json` was lost."""
+        """The index; made from the records where `registry.json` was lost, and up to date at every
+        moment: rows that a writer is changing are made anew."""
+        names = pending.read(self.pending_path)
+        if names is None:
+            return index.make_index(self.records, self.aliases)
         try:
-            return index.read_index(self.index_path)
+            rows = index.read_index(self.index_path)
         except FileNotFoundError:
             return index.make_index(self.records, self.aliases)
+        return self._with_rows_of(rows, names) if names else rows
 
     def rebuild(self) -> tuple[index.IndexRow, ...]:
         """Make the index anew from records and alias logs; the caller holds the lock."""
         rows = index.make_index(self.records, self.aliases)
-        write_atomic(self.index_path, index.index_bytes(rows), self.folder / "tmp")
+        write_atomic(self.index_path, index.index_bytes(rows), self.tmp)
+        pending.clear(self.pending_path)
         return rows
 
-    def refresh(self, name: str) -> None:
-        """Bring one row of the index up to date; the caller holds the lock."""
+    @contextmanager
+    def changing(self, name: str) -> Iterator[None]:
+        """Change records or aliases of a name; the caller holds the lock. Whatever happens within, and
+        wherever it is broken off, readers see rows that agree with the records."""
+        names = pending.read(self.pending_path)
+        wanted = (name,) if names is None else tuple(sorted({*names, name}))
+        pending.write(self.pending_path, wanted, self.tmp)
+        try:
+            yield
+        finally:
+            with suppress(StorageError):  # a full disk: the note stays, readers and the next writer make up for it
+                if names is None:
+                    self.rebuild()
+                else:
+                    self._refresh(wanted)
+
+    def _refresh(self, names: tuple[str, ...]) -> None:
         try:
             rows = index.read_index(self.index_path)
         except (FileNotFoundError, CorruptAdapterError):
             self.rebuild()
             return
-        row = index.make_row(self.records, self.aliases, name)
-        others = tuple(other for other in rows if other.name != name)
-        data = index.index_bytes((*others, row) if row else others)
+        data = index.index_bytes(self._with_rows_of(rows, names))
         if data != self.index_path.read_bytes():
-            write_atomic(self.index_path, data, self.folder / "tmp")
+            write_atomic(self.index_path, data, self.tmp)
+        pending.clear(self.pending_path)
+
+    def _with_rows_of(self, rows: tuple[index.IndexRow, ...], names: tuple[str, ...]) -> tuple[index.IndexRow, ...]:
+        fresh = (index.make_row(self.records, self.aliases, name) for name in names)
+        kept = (row for row in rows if row.name not in names)
+        return tuple(sorted((*kept, *(row for row in fresh if row is not None)), key=lambda row: row.name))
 
     def publish(
         self,
@@ -134,62 +191,108 @@ class Depot:
 
         Raises:
             VersionConflictError: If `version` exists with another digest. Nothing is changed.
+            StorageError: If the disk is full. Nothing is changed.
         """
         entries = file_entries(files)
         digest = digest_of(entries, spec)
         with self.lock():
-            known = (
-                next((r for r in self.records.of_name(name) if r.digest == digest), None) if version is None else None
-            )
-            number = known.version if known else version or max(self.records.versions(name), default=0) + 1
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            record = Record(SCHEMA, name, number, digest, spec, entries, tensors, now)
-            self._commit(record, files.__getitem__, trusted=True)
+            known = self.records.find_version(name, digest) if version is None else None
+            if known is not None:
+                version = known.version
+            number = version or max(self.records.versions(name), default=0) + 1
+            record = Record.new(name, number, spec, entries, tensors)
+            self.holds(record)
+            for data in files.values():
+                self.blobs.write(data)
+            self._commit(record)
         return record.ref
 
-    def receive(self, record: Record, fetch: Callable[[str], bytes]) -> AdapterRef:
+    def receive(self, record: Record, fetch: Fetch, *, allow_nonfinite: bool = False) -> AdapterRef:
         """Keep a record that was made elsewhere, under its own version.
+
+        Files are put together beside the hub, without its lock; a broken transfer is continued by the
+        next one. Only when all of them are here and checked, the lock is taken and they become visible.
 
         Args:
             record: The record, checked.
-            fetch: Gives the bytes of one of its files; asked only for those that are not here yet.
+            fetch: Asked for those files only that are not here yet, or damaged.
+            allow_nonfinite: Whether weights may be NaN or infinite.
 
         Raises:
             VersionConflictError: If the version exists with another digest. Nothing is changed.
             CorruptAdapterError: If the files are not what the record says. No record is made.
+            StorageError: If the disk is full. Nothing is changed.
         """
         check_file_names(record)
-        with self.lock():
-            self._commit(record, fetch, trusted=False)
+        while not self._receive(record, fetch, allow_nonfinite):
+            pass  # something that was here vanished or was no good: it is fetched from the beginning
         return record.ref
 
-    def _commit(self, record: Record, fetch: Callable[[str], bytes], trusted: bool) -> None:
-        if record.version in self.records.versions(record.name):
-            self._check_same(record)
-        else:
-            files = {entry.path: self._keep(entry, fetch) for entry in record.files}
-            if not trusted:
-                check_contents(record, files)
+    def _receive(self, record: Record, fetch: Fetch, allow_nonfinite: bool) -> bool:
+        if self.holds(record) and all(self.blobs.is_intact(entry.sha256) for entry in record.files):
+            with self.lock():
+                self._refresh((record.name,))
+            return True
+        with self.staging.hold(entry.sha256 for entry in record.files):
+            begun = any(self.staging.path(entry.sha256).exists() for entry in record.files)
+            staged = self.stage(record.files, fetch)
+            contents = {e.path: map_file(staged.get(e.sha256, self.blobs.path(e.sha256))) for e in record.files}
             try:
-                self.records.create(record)
-            except FileExistsError:
-                self._check_same(record)
-        self.refresh(record.name)
+                check_contents(record, contents, allow_nonfinite=allow_nonfinite)
+            except GraftoryError:
+                self.staging.discard(staged)
+                if begun:  # what an earlier try left may have been damaged since, say by a power cut
+                    return False
+                raise
+            with self.lock():
+                if not all(entry.sha256 in staged or self.blobs.has(entry.sha256) for entry in record.files):
+                    return False
+                for sha256, path in staged.items():
+                    self.blobs.adopt(path, sha256)
+                self._commit(record)
+        return True
 
-    def _keep(self, entry: FileEntry, fetch: Callable[[str], bytes]) -> bytes:
-        if self.blobs.has(entry.sha256):
-            return self.blobs.read(entry.sha256, entry.path)
-        data = fetch(entry.path)
-        self.blobs.write(data)
-        return data
+    def stage(self, entries: tuple[FileEntry, ...], fetch: Fetch) -> dict[str, Path]:
+        """Fetch the files that are not blobs yet, or damaged ones; the caller holds them in `staging`.
 
-    def _check_same(self, record: Record) -> None:
+        Returns:
+            Where each of them lies, by the hash that it should have; the caller hashes them.
+        """
+        staged = {}
+        for entry in entries:
+            if self.blobs.is_intact(entry.sha256) or entry.sha256 in staged:
+                continue
+            path = self.staging.path(entry.sha256)
+            with disk(path):
+                fetch(entry, path)
+            staged[entry.sha256] = path
+        return staged
+
+    def holds(self, record: Record) -> bool:
+        """Whether the version is here already.
+
+        Raises:
+            VersionConflictError: If it is, with another digest.
+        """
+        if record.version not in self.records.versions(record.name):
+            return False
         there = self.records.read(record.name, record.version)
         if there.digest != record.digest:
             raise VersionConflictError(
                 f"{record.ref} exists in {self.root} as {there.digest[:19]}…, this is {record.digest[:19]}…; "
                 "a version never changes: use another version or name"
             )
+        return True
+
+    def _commit(self, record: Record) -> None:
+        if self.holds(record):
+            self._refresh((record.name,))
+            return
+        with self.changing(record.name):
+            try:
+                self.records.create(record)
+            except FileExistsError:  # by a writer that the lock does not keep out, as on some network disks
+                self.holds(record)
 
     def move_alias(self, name: str, alias: str, version: int) -> None:
         """Let `alias` mean `version` from now on; a no-op if it does.
@@ -205,5 +308,5 @@ class Depot:
                 )
             if self.aliases.current(name).get(alias) != version:
                 now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                self.aliases.append(name, AliasMove(alias, version, now))
-            self.refresh(name)
+                with self.changing(name):
+                    self.aliases.append(name, AliasMove(alias, version, now))

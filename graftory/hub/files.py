@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
+
+from graftory.errors import StorageError
+
+_CHUNK = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def disk(path: Path) -> Iterator[None]:
+    """Say in our words that a disk is full.
+
+    Raises:
+        StorageError: If the disk, its quota or the largest size of a file is exhausted within.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StorageError(
+            f"{path}: cannot be written ({os.strerror(error.errno)}); nothing was changed, make room and try again"
+        ) from error
 
 
 def write_atomic(path: Path, data: bytes, scratch: Path) -> None:
@@ -18,10 +43,11 @@ def write_atomic(path: Path, data: bytes, scratch: Path) -> None:
         scratch: A folder of the same file system for the temporary file.
 
     Raises:
-        OSError: If the disk refuses; `path` is then as it was.
+        StorageError: If the disk is full; `path` is then as it was.
+        OSError: If the disk refuses otherwise; `path` is then as it was.
     """
-    make_folder(path.parent)
-    with _temporary(data, scratch) as written:
+    with disk(path), _temporary(data, scratch) as written:
+        make_folder(path.parent)
         written.replace(path)
         sync_folder(path.parent)
 
@@ -36,10 +62,11 @@ def create_exclusive(path: Path, data: bytes, scratch: Path) -> None:
 
     Raises:
         FileExistsError: If `path` exists.
-        OSError: If the disk refuses; `path` is then not there.
+        StorageError: If the disk is full; `path` is then not there.
+        OSError: If the disk refuses otherwise; `path` is then not there.
     """
-    make_folder(path.parent)
-    with _temporary(data, scratch) as written:
+    with disk(path), _temporary(data, scratch) as written:
+        make_folder(path.parent)
         try:
             os.link(written, path)
         except FileExistsError:
@@ -51,12 +78,35 @@ def create_exclusive(path: Path, data: bytes, scratch: Path) -> None:
         sync_folder(path.parent)
 
 
+def adopt(staged: Path, path: Path) -> None:
+    """Move a finished file of the same file system to `path`, durable when this returns.
+
+    Raises:
+        StorageError: If the disk is full; both are then as they were.
+        FileNotFoundError: If `staged` is gone.
+    """
+    with disk(path):
+        sync_file(staged)
+        make_folder(path.parent)
+        staged.replace(path)
+        sync_folder(path.parent)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents, each durable in its own parent."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make the bytes of a file durable."""
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:
@@ -68,6 +118,41 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def copy_on(source: Path, target: Path, progress: Callable[[int], None]) -> None:
+    """Copy a file, going on where an earlier copy was broken off.
+
+    Args:
+        source: The file.
+        target: The copy; what is there counts as its beginning, unless it is longer than the file.
+        progress: Told how many bytes are there.
+    """
+    size = source.stat().st_size
+    with disk(target), source.open("rb") as reader, target.open("ab") as writer:
+        if writer.tell() > size:
+            writer.truncate(0)
+        reader.seek(min(writer.tell(), size))
+        while chunk := reader.read(_CHUNK):
+            writer.write(chunk)
+            progress(reader.tell())
+
+
+def map_file(path: Path) -> memoryview:
+    """The bytes of a file, read only when looked at.
+
+    Raises:
+        OSError: If it cannot be opened.
+    """
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(map_file(path)).hexdigest()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from graftory.errors import ConfigError, CorruptAdapterError, VersionConflictErr
 from graftory.hub import strict_json
 from graftory.hub.codecs import codec_of, codec_of_folder
 from graftory.hub.files import make_folder, sync_folder
+from graftory.hub.safetensors_header import Bytes
 from graftory.schema import pretty
 
 SIDECAR = "graftory.json"
@@ -70,7 +71,7 @@ def _read_sidecar(path: Path) -> AdapterSpec:
         raise CorruptAdapterError(f"{error}; remove {SIDECAR} to add the adapter without") from None
 
 
-def write_folder(folder: Path, spec: AdapterSpec, files: Mapping[str, bytes]) -> Path:
+def write_folder(folder: Path, spec: AdapterSpec, files: Mapping[str, Bytes]) -> Path:
     """Write an adapter and its sidecar as a folder, in full or not at all; the same content again is a no-op.
 
     Raises:

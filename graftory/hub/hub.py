@@ -6,19 +6,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graftory.adapter import Adapter, AdapterRef, BaseModel, check_name
+from graftory.errors import ConfigError
 from graftory.hub.codecs import codec_of
+from graftory.hub.codecs.tensors import check_finite
 from graftory.hub.depot import Depot
 from graftory.hub.folders import read_folder, write_folder
+from graftory.hub.foreign import take_in
 from graftory.hub.index import IndexRow
 from graftory.hub.lineage import lineage_graph
 from graftory.hub.locate import find_hub, is_hub
+from graftory.hub.named import resolve_address
 from graftory.hub.records import Record
-from graftory.hub.remotes import DirectoryRemote, open_remote, read_file, split_remote_ref
+from graftory.hub.remotes.addresses import open_remote, split_remote_ref
+from graftory.hub.remotes.base import Foreign, Progress
 from graftory.hub.resolve import resolve
-from graftory.hub.transfer import Progress, transfer
+from graftory.hub.transfer import Delivery, receive, send
 
 if TYPE_CHECKING:
     import networkx
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody looks at."""
 
 
 class Hub:
@@ -100,7 +109,9 @@ class Hub:
         codec.check(files, record.spec)
         return Adapter(record.spec, codec.decode(files))
 
-    def put(self, name: str, adapter: Adapter, *, version: int | None = None) -> AdapterRef:
+    def put(
+        self, name: str, adapter: Adapter, *, version: int | None = None, allow_nonfinite: bool = False
+    ) -> AdapterRef:
         """Keep an adapter.
 
         Args:
@@ -108,19 +119,29 @@ class Hub:
             adapter: What to keep: LoRA as PEFT's two files, others as `adapter.safetensors`.
             version: The version to write; by default the next one, or the one that holds the same
                 adapter already.
+            allow_nonfinite: Whether weights may be NaN or infinite.
 
         Raises:
             VersionConflictError: If `version` exists with other content.
             CorruptAdapterError: If tensors and specification disagree, or a weight is not finite.
+            StorageError: If the disk is full; nothing is changed.
         """
         AdapterRef(name, version=version)
         codec = codec_of(adapter.spec)
         files = codec.encode(adapter)
         tensors = codec.check(files, adapter.spec)
+        if not allow_nonfinite:
+            check_finite(files)
         return self._depot.publish(name, version, adapter.spec, files, tensors)
 
     def add(
-        self, folder: str | Path, *, name: str, version: int | None = None, base: BaseModel | None = None
+        self,
+        folder: str | Path,
+        *,
+        name: str,
+        version: int | None = None,
+        base: BaseModel | None = None,
+        allow_nonfinite: bool = False,
     ) -> AdapterRef:
         """Keep the adapter in a folder, byte for byte: PEFT's two files, or what `materialize` wrote.
 
@@ -129,6 +150,7 @@ class Hub:
             name: Name in the hub.
             version: As in `put`.
             base: The base model, where it is known better than the files tell it.
+            allow_nonfinite: As in `put`.
 
         Raises:
             DataError: If there is no such folder.
@@ -139,6 +161,8 @@ class Hub:
         AdapterRef(check_name(name), version=version)
         spec, files = read_folder(Path(folder).expanduser(), name, base)
         tensors = codec_of(spec).check(files, spec)
+        if not allow_nonfinite:
+            check_finite(files)
         return self._depot.publish(name, version, spec, files, tensors)
 
     def materialize(self, ref: str | AdapterRef, folder: str | Path) -> Path:
@@ -151,39 +175,71 @@ class Hub:
         record = self.record(ref)
         return write_folder(Path(folder).expanduser().absolute(), record.spec, self._files(record))
 
-    def push(self, ref: str | AdapterRef, remote: str, *, progress: Progress | None = None) -> AdapterRef:
-        """Bring a version, and the parents it is composed of, to another hub; the version number stays.
+    def push(
+        self, ref: str | AdapterRef, remote: str, *, move_aliases: bool = False, progress: Progress = _silent
+    ) -> Delivery:
+        """Bring a version, the parents it is composed of, its aliases and signatures to a remote; the
+        version number stays.
 
         Args:
             ref: The version.
-            remote: The other hub, `file:///dir`; made if the folder is missing or empty.
+            remote: An address (`file:///dir`, `hf://org/repo`, `s3://bucket/prefix`) or the name of one.
+            move_aliases: Whether an alias of the version that means another one there is moved; by
+                default it stays, and is reported.
             progress: Told of what travels.
 
         Raises:
-            VersionConflictError: If the other hub has the version with other content.
-            RemoteError: If there is no hub and none can be made.
+            VersionConflictError: If the remote has the version with other content.
+            RemoteError: If the remote cannot be reached, read or written.
         """
-        record = self.record(ref)
-        transfer(DirectoryRemote(self.root), open_remote(remote), record, progress)
-        return record.ref
+        there = open_remote(resolve_address(self._depot, remote))
+        return send(self._depot, there, self.record(ref), move_aliases=move_aliases, progress=progress)
 
-    def pull(self, remote_ref: str, *, progress: Progress | None = None) -> AdapterRef:
-        """Bring a version, and the parents it is composed of, from another hub; the version number stays.
+    def pull(
+        self,
+        remote_ref: str,
+        *,
+        name: str | None = None,
+        allow_nonfinite: bool = False,
+        move_aliases: bool = False,
+        progress: Progress = _silent,
+    ) -> Delivery:
+        """Bring a version, the parents it is composed of, its aliases and signatures from a remote; the
+        version number stays. An adapter without a record gets one, as the next version.
 
         Args:
-            remote_ref: The other hub and a reference there: `file:///dir/sst2@1`.
+            remote_ref: The remote and a reference there: `file:///dir/sst2@1`, `hf://org/repo@1`,
+                `s3://bucket/prefix/sst2`, `origin/sst2:prod`.
+            name: Name for an adapter without a record; by default it is made from the address.
+            allow_nonfinite: As in `put`.
+            move_aliases: As in `push`, for the aliases here.
             progress: Told of what travels.
 
         Raises:
             AdapterNotFoundError: If the reference names nothing there.
             CorruptAdapterError: If the bytes there are not the recorded ones; nothing is kept.
             VersionConflictError: If this hub has the version with other content.
-            RemoteError: If there is no hub on the path.
+            RemoteError: If the remote cannot be reached or read.
         """
-        remote, wanted = split_remote_ref(remote_ref)
-        record = remote.record(wanted)
-        transfer(remote, DirectoryRemote(self.root), record, progress)
-        return record.ref
+        remote, wanted = split_remote_ref(resolve_address(self._depot, remote_ref))
+        item = remote.record(wanted)
+        if isinstance(item, Foreign):
+            ref = take_in(
+                self._depot, remote, item, name=name, allow_nonfinite=allow_nonfinite, progress=progress
+            )
+            return Delivery(ref, self.record(ref).digest, source=item.source)
+        if name is not None and name != item.name:
+            raise ConfigError(
+                f"{remote_ref}: is a version of {item.name!r} and keeps its name; leave --name {name!r} out"
+            )
+        return receive(
+            self._depot,
+            remote,
+            item,
+            allow_nonfinite=allow_nonfinite,
+            move_aliases=move_aliases,
+            progress=progress,
+        )
 
     def aliases(self, name: str) -> dict[str, int]:
         """What each alias of a name means now."""
@@ -203,5 +259,5 @@ class Hub:
         `weight`, nodes with `ref`, `known` and, where known, `record`."""
         return lineage_graph(self._depot, self.record(ref))
 
-    def _files(self, record: Record) -> dict[str, bytes]:
-        return {entry.path: read_file(self._depot, record, entry.path) for entry in record.files}
+    def _files(self, record: Record) -> dict[str, memoryview]:
+        return {e.path: self._depot.blobs.map(e.sha256, f"{record.ref} {e.path}") for e in record.files}

@@ -15,6 +15,8 @@ from graftory.errors import CorruptAdapterError
 from graftory.hub import strict_json
 from graftory.schema import Json
 
+Bytes = bytes | memoryview
+"""The content of a file, read or mapped."""
 MAX_HEADER = 1 << 20
 """Most bytes of a header (1 MiB, about ten thousand tensors)."""
 _MAX_NAME = 512
@@ -49,12 +51,12 @@ class StoredTensor:
     begin: int
     end: int
 
-    def sha256(self, data: bytes) -> str:
+    def sha256(self, data: Bytes) -> str:
         """The hash of the tensor's bytes, `data` being the whole file."""
         return sha256(memoryview(data)[self.begin : self.end]).hexdigest()
 
 
-def read_header(data: bytes, where: str) -> tuple[StoredTensor, ...]:
+def read_header(data: Bytes, where: str) -> tuple[StoredTensor, ...]:
     """Check a safetensors file and list its tensors in the order of their bytes.
 
     Args:
@@ -66,21 +68,44 @@ def read_header(data: bytes, where: str) -> tuple[StoredTensor, ...]:
             gives a name twice or an empty one, lists no tensor, an unknown dtype or an impossible
             shape, or if the tensors overlap, leave holes, or do not end where the file ends.
     """
-    size = int.from_bytes(data[:8], "little")
-    _require(len(data) >= 8 and size <= len(data) - 8, where, "the file is shorter than its header says")
+    return parse_header(data, len(data), where)
+
+
+def header_bytes(start: Bytes, where: str) -> int:
+    """How many bytes the header takes with its length before it, told by the first eight bytes of a file.
+
+    Raises:
+        CorruptAdapterError: If there are fewer, or the header is longer than 1 MiB.
+    """
+    size = int.from_bytes(start[:8], "little")
+    _require(len(start) >= 8, where, "the file is shorter than its header says")
     _require(size <= MAX_HEADER, where, f"a header of {size} bytes, at most {MAX_HEADER} are accepted")
-    header = strict_json.loads(data[8 : 8 + size], f"{where} (header)", limit=MAX_HEADER)
+    return 8 + size
+
+
+def parse_header(head: Bytes, file_size: int, where: str) -> tuple[StoredTensor, ...]:
+    """The same from the beginning of a file, before the rest is fetched.
+
+    Args:
+        head: The first bytes, the header at least.
+        file_size: Bytes of the whole file.
+        where: Its name, for the error text.
+
+    Raises:
+        CorruptAdapterError: As `read_header`.
+    """
+    start = header_bytes(head, where)
+    _require(start <= min(len(head), file_size), where, "the file is shorter than its header says")
+    header = strict_json.loads(bytes(head[8:start]), f"{where} (header)", limit=MAX_HEADER)
     _require(isinstance(header, dict), where, "the header is not an object")
     header.pop("__metadata__", None)
     _require(bool(header), where, "the file holds no tensor")
-    tensors = sorted(
-        (_entry(name, row, 8 + size, where) for name, row in header.items()), key=lambda t: (t.begin, t.end)
-    )
-    position = 8 + size
+    tensors = sorted((_entry(name, row, start, where) for name, row in header.items()), key=lambda t: (t.begin, t.end))
+    position = start
     for tensor in tensors:
         _require(tensor.begin == position, where, f"tensor {tensor.name!r} overlaps another or leaves a hole before it")
         position = tensor.end
-    _require(position == len(data), where, f"the tensors end at byte {position}, the file at {len(data)}")
+    _require(position == file_size, where, f"the tensors end at byte {position}, the file at {file_size}")
     return tuple(tensors)
 
 

@@ -82,8 +82,15 @@ def load_base(base: str, kind: TaskKind, *, revision: str | None = None) -> Load
             raise DownloadError(f"cannot load {base!r} ({_first(error)}); {_remedy(base)}") from error
         except (ValueError, KeyError, ImportError) as error:
             raise ConfigError(f"{base!r} cannot be a base for {kind} ({_first(error)}); {_remedy(base)}") from error
+    described = base_of(model, id=base, revision=_commit(model) or revision, tokenizer=tokenizer)
     _set_pad_token(model, tokenizer)
-    return LoadedBase(model.eval(), tokenizer, base_of(model, id=base, revision=revision))
+    return LoadedBase(model.eval(), tokenizer, described)
+
+
+def _commit(model: PreTrainedModel) -> str | None:
+    """The commit that a model of the hub was loaded from: a branch or tag may mean another one tomorrow."""
+    commit: str | None = getattr(model.config, "_commit_hash", None)
+    return commit
 
 
 def _first(error: Exception) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from graftory.adapter import TASK_SOURCE, Adapter, Lineage
+from graftory.adapter import TASK_SOURCE, Adapter, BaseModel, Lineage
 from graftory.adapters import AdaptedModel, new_adapter
 from graftory.config import AdapterConfig, config_to_json
 from graftory.data import Rows, TaskFile
@@ -83,7 +83,7 @@ def train(
         collator = Collator(loaded.tokenizer.pad_token_id)
         trainer = AdapterTrainer(adapted, name, task.kind, arguments, examples, collator, hooks, (*callbacks, progress))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        return _with_lineage(adapted.extract(name), task, rows, settings)
+        return _with_lineage(adapted.extract(name), loaded.base, task, rows, settings)
 
 
 def _start(loaded: LoadedBase, task: TaskFile, rows: Rows, config: AdapterConfig, init: Adapter | None) -> Adapter:
@@ -168,9 +168,11 @@ def _claim(folder: Path, adapter: Adapter, rows: Rows, settings: TrainSettings) 
     return None
 
 
-def _with_lineage(adapter: Adapter, task: TaskFile, rows: Rows, settings: TrainSettings) -> Adapter:
+def _with_lineage(adapter: Adapter, base: BaseModel, task: TaskFile, rows: Rows, settings: TrainSettings) -> Adapter:
     parameters = {**to_json(settings), "rows": len(rows)}
     if task.data.sample is not None:
         parameters[TASK_SOURCE] = task.data.sample
     lineage = Lineage("train", (), parameters, rows.hash, settings.seed, library_versions())
-    return replace(adapter, spec=replace(adapter.spec, lineage=lineage, metrics=()))
+    # attaching it has shown that the base is this one, and this one's tokenizer made the numbers
+    made_on = replace(adapter.spec.base, tokenizer_hash=base.tokenizer_hash)
+    return replace(adapter, spec=replace(adapter.spec, base=made_on, lineage=lineage, metrics=()))

@@ -15,6 +15,7 @@ from graftory.errors import CorruptAdapterError, DataError, UnsupportedAdapterEr
 from graftory.hub.codecs.native import NativeCodec
 from graftory.hub.codecs.peft import PeftCodec
 from graftory.hub.records import TensorEntry
+from graftory.hub.safetensors_header import Bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ class Codec(Protocol):
             UnsupportedAdapterError: If the format cannot hold it.
         """
 
-    def imported_spec(self, files: Mapping[str, bytes], name: str) -> AdapterSpec:
+    def imported_spec(self, files: Mapping[str, Bytes], name: str) -> AdapterSpec:
         """The specification as far as the files tell it, for an adapter without a sidecar.
 
         Raises:
@@ -43,7 +44,7 @@ class Codec(Protocol):
             UnsupportedAdapterError: If it uses something graftory does not do.
         """
 
-    def check(self, files: Mapping[str, bytes], spec: AdapterSpec) -> tuple[TensorEntry, ...]:
+    def check(self, files: Mapping[str, Bytes], spec: AdapterSpec) -> tuple[TensorEntry, ...]:
         """List the tensors, after checking that the files are well-formed and are what `spec` says.
 
         Raises:
@@ -51,7 +52,7 @@ class Codec(Protocol):
             UnsupportedAdapterError: If it uses something graftory does not do.
         """
 
-    def decode(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
+    def decode(self, files: Mapping[str, Bytes]) -> dict[str, Tensor]:
         """The tensors of checked files, under their names in `Adapter.tensors`."""
 
 
@@ -69,6 +70,18 @@ def codec_of(spec: AdapterSpec) -> Codec:
     if codec is None:
         raise UnsupportedAdapterError(f"method {spec.method!r} has no file format; store it as another method")
     return codec
+
+
+def codec_of_files(files: Mapping[str, object]) -> Codec:
+    """The codec of files, by their names.
+
+    Raises:
+        UnsupportedAdapterError: If none has files of these names.
+    """
+    for codec in CODECS.values():
+        if set(codec.file_names) == set(files):
+            return codec
+    raise UnsupportedAdapterError(f"the files {sorted(files)} are no adapter; wanted those that PEFT or graftory saves")
 
 
 def codec_of_folder(folder: Path) -> Codec:

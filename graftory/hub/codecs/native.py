@@ -10,7 +10,7 @@ from graftory.config import BottleneckConfig
 from graftory.errors import CorruptAdapterError
 from graftory.hub.codecs import tensors as shared
 from graftory.hub.records import TensorEntry
-from graftory.hub.safetensors_header import StoredTensor
+from graftory.hub.safetensors_header import Bytes, StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,12 +28,12 @@ class NativeCodec:
         """See `Codec`."""
         return {WEIGHTS: shared.dump(adapter.tensors)}
 
-    def imported_spec(self, files: Mapping[str, bytes], name: str) -> AdapterSpec:
+    def imported_spec(self, files: Mapping[str, Bytes], name: str) -> AdapterSpec:
         """See `Codec`; always refused, the file alone does not say what it is."""
         found = ", ".join(files)
         raise CorruptAdapterError(f"{name}: {found} without graftory.json; add the folder that hub materialize made")
 
-    def check(self, files: Mapping[str, bytes], spec: AdapterSpec) -> tuple[TensorEntry, ...]:
+    def check(self, files: Mapping[str, Bytes], spec: AdapterSpec) -> tuple[TensorEntry, ...]:
         """See `Codec`."""
         data = files[WEIGHTS]
         stored = {tensor.name: tensor for tensor in shared.read_floats(data, WEIGHTS)}
@@ -52,7 +52,7 @@ class NativeCodec:
         shared.check_heads(stored, spec, WEIGHTS)
         return shared.entries(stored, data)
 
-    def decode(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
+    def decode(self, files: Mapping[str, Bytes]) -> dict[str, Tensor]:
         """See `Codec`."""
         return shared.load(files[WEIGHTS])
 

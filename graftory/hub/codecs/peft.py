@@ -18,7 +18,7 @@ from graftory.hub.codecs import tensors as shared
 from graftory.hub.codecs.peft_config import PeftLora, read_config, write_config
 from graftory.hub.codecs.peft_task import imported_task
 from graftory.hub.records import TensorEntry
-from graftory.hub.safetensors_header import StoredTensor
+from graftory.hub.safetensors_header import Bytes, StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class PeftCodec:
         weights = shared.dump({PREFIX + key: value for key, value in adapter.tensors.items()})
         return {CONFIG: config, WEIGHTS: weights}
 
-    def imported_spec(self, files: Mapping[str, bytes], name: str) -> AdapterSpec:
+    def imported_spec(self, files: Mapping[str, Bytes], name: str) -> AdapterSpec:
         """See `Codec`."""
         config, stored = _read(files)
         heads = config.heads_in(tuple(stored))
@@ -63,7 +63,7 @@ class PeftCodec:
             lineage=Lineage(process="import", libraries={"peft": config.peft_version} if config.peft_version else {}),
         )
 
-    def check(self, files: Mapping[str, bytes], spec: AdapterSpec) -> tuple[TensorEntry, ...]:
+    def check(self, files: Mapping[str, Bytes], spec: AdapterSpec) -> tuple[TensorEntry, ...]:
         """See `Codec`."""
         config, stored = _read(files)
         lora = spec.config
@@ -85,13 +85,13 @@ class PeftCodec:
         shared.check_heads(stored, spec, WEIGHTS)
         return shared.entries(stored, files[WEIGHTS])
 
-    def decode(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
+    def decode(self, files: Mapping[str, Bytes]) -> dict[str, Tensor]:
         """See `Codec`."""
         return {key.removeprefix(PREFIX): value for key, value in shared.load(files[WEIGHTS]).items()}
 
 
-def _read(files: Mapping[str, bytes]) -> tuple[PeftLora, dict[str, StoredTensor]]:
-    config = read_config(strict_json.loads(files[CONFIG], CONFIG), CONFIG)
+def _read(files: Mapping[str, Bytes]) -> tuple[PeftLora, dict[str, StoredTensor]]:
+    config = read_config(strict_json.loads(bytes(files[CONFIG]), CONFIG), CONFIG)
     stored = {}
     for tensor in shared.read_floats(files[WEIGHTS], WEIGHTS):
         if not tensor.name.startswith(PREFIX):

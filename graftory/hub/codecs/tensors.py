@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from graftory.adapter import AdapterSpec
 from graftory.errors import CorruptAdapterError, UnsupportedAdapterError
 from graftory.hub.records import TensorEntry
-from graftory.hub.safetensors_header import StoredTensor, read_header
+from graftory.hub.safetensors_header import Bytes, StoredTensor, read_header
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,35 +21,52 @@ _EXPONENT = {
     "BF16": ("<u2", 0x7F80),
 }
 """The float dtypes that adapters are stored in: integer view and mask of the exponent."""
+_BLOCK = 1 << 15
 
 
-def read_floats(data: bytes, where: str) -> tuple[StoredTensor, ...]:
-    """The tensors of a safetensors file, all of them finite floats.
+def read_floats(data: Bytes, where: str) -> tuple[StoredTensor, ...]:
+    """The tensors of a safetensors file, all of them floats.
 
     Raises:
-        CorruptAdapterError: If the file breaks the format, or a weight is NaN or infinite.
+        CorruptAdapterError: If the file breaks the format.
         UnsupportedAdapterError: If a tensor is not F16, BF16, F32 or F64.
     """
     stored = read_header(data, where)
     for tensor in stored:
-        _check_finite(tensor, data, where)
+        if tensor.dtype not in _EXPONENT:
+            raise UnsupportedAdapterError(
+                f"{where}: tensor {tensor.name!r} is {tensor.dtype}; save it as one of {', '.join(_EXPONENT)}"
+            )
     return stored
 
 
-def _check_finite(tensor: StoredTensor, data: bytes, where: str) -> None:
+def check_finite(files: Mapping[str, Bytes]) -> None:
+    """Check that no weight in checked files is NaN or infinite.
+
+    Raises:
+        CorruptAdapterError: If one is; the tensor is named.
+    """
+    for name, data in files.items():
+        if name.endswith(".safetensors"):
+            for tensor in read_floats(data, name):
+                if not _is_finite(tensor, data):
+                    raise CorruptAdapterError(
+                        f"{name}: tensor {tensor.name!r} holds NaN or infinity; train the adapter again, or take it "
+                        "as it is with --allow-nonfinite"
+                    )
+
+
+def _is_finite(tensor: StoredTensor, data: Bytes) -> bool:
     import numpy as np
 
-    if tensor.dtype not in _EXPONENT:
-        raise UnsupportedAdapterError(
-            f"{where}: tensor {tensor.name!r} is {tensor.dtype}; save it as one of {', '.join(_EXPONENT)}"
-        )
     integers, mask = _EXPONENT[tensor.dtype]
     bits: np.ndarray = np.frombuffer(memoryview(data)[tensor.begin : tensor.end], dtype=integers)
-    if bool(((bits & bits.dtype.type(mask)) == mask).any()):
-        raise CorruptAdapterError(f"{where}: tensor {tensor.name!r} holds NaN or infinity; train the adapter again")
+    exponent = bits.dtype.type(mask)
+    # block by block, so that what is computed stays in the processor's cache
+    return all(bool(((bits[at : at + _BLOCK] & exponent) != exponent).all()) for at in range(0, len(bits), _BLOCK))
 
 
-def entries(stored: Mapping[str, StoredTensor], data: bytes) -> tuple[TensorEntry, ...]:
+def entries(stored: Mapping[str, StoredTensor], data: Bytes) -> tuple[TensorEntry, ...]:
     """The record's list of tensors, ordered by name."""
     return tuple(
         TensorEntry(name, stored[name].shape, stored[name].dtype, stored[name].sha256(data)) for name in sorted(stored)
@@ -102,9 +119,9 @@ def dump(tensors: Mapping[str, Tensor]) -> bytes:
     return save(plain, metadata={"format": "pt"})
 
 
-def load(data: bytes) -> dict[str, Tensor]:
+def load(data: Bytes) -> dict[str, Tensor]:
     """The tensors of checked safetensors bytes, on the CPU."""
     from safetensors.torch import load as load_bytes
 
-    loaded: dict[str, Tensor] = load_bytes(data)
+    loaded: dict[str, Tensor] = load_bytes(bytes(data))
     return loaded

@@ -1,0 +1,1 @@
+"""Remotes: hubs elsewhere. One interface (`base`), one file for each kind, one table (`addresses`)."""
