@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers
+from tokenizers import normalizers
 
 from graftory.adapter import TaskKind
+from graftory.adapters.fingerprint import tokenizer_hash
 from graftory.errors import ConfigError, DownloadError
 from graftory.training import load_base
-from tests.training_samples import FAMILY_OF_KIND, save_base
+from tests.training_samples import FAMILY_OF_KIND, save_base, tokenizer_of
 
 
 @pytest.mark.parametrize(("kind", "family"), FAMILY_OF_KIND.items())
@@ -53,3 +58,64 @@ def test_missing_and_unsuitable_bases(tmp_path: Path, monkeypatch: pytest.Monkey
         load_base(save_base("bert", tmp_path), "seq2seq")
     with pytest.raises(ConfigError, match="no sample model 'nope'"):
         load_base("wheel:nope", "classification")
+
+
+def test_the_tokenizer_has_a_hash_that_calls_leave_alone(tmp_path: Path) -> None:
+    loaded = load_base(save_base("bert", tmp_path), "classification")
+    assert loaded.base.tokenizer_hash == tokenizer_hash(loaded.tokenizer)
+    loaded.tokenizer(["w1 w2 w3", "w4"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_hash(loaded.tokenizer) == loaded.base.tokenizer_hash
+    assert load_base(str(tmp_path), "regression").base.tokenizer_hash == loaded.base.tokenizer_hash
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", tokenizer_hash(loaded.tokenizer))
+
+
+def test_the_pad_token_that_is_set_for_padding_is_not_in_the_hash(tmp_path: Path) -> None:
+    loaded = load_base(save_base("gpt2", tmp_path), "causal_lm")
+    assert loaded.tokenizer.pad_token == "</s>"
+    assert loaded.base.tokenizer_hash == tokenizer_hash(tokenizer_of("gpt2"))
+
+
+@pytest.mark.parametrize("part", ["vocabulary", "pipeline"])
+def test_another_vocabulary_or_pipeline_has_another_hash(part: str) -> None:
+    tokenizer, other = tokenizer_of("bert"), tokenizer_of("bert")
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(other)
+    if part == "vocabulary":
+        other.add_tokens(["w40"])
+    else:
+        other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert tokenizer_hash(tokenizer) != tokenizer_hash(other)
+
+
+class SlowTokenizer:
+    """As much of a slow tokenizer as counts."""
+
+    def __init__(self, *words: str, end: str = "</s>") -> None:
+        self.words, self.special_tokens_map = words, {"eos_token": end}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: number for number, word in enumerate(self.words)}
+
+
+def test_a_slow_tokenizer_has_a_hash_of_class_vocabulary_and_special_tokens() -> None:
+    class Another(SlowTokenizer):
+        pass
+
+    first = tokenizer_hash(SlowTokenizer("a", "b"))
+    assert first == tokenizer_hash(SlowTokenizer("a", "b"))
+    others = [SlowTokenizer("b", "a"), SlowTokenizer("a", "b", end="<end>"), Another("a", "b")]
+    assert len({first, *map(tokenizer_hash, others)}) == 4
+
+
+def test_a_base_of_the_hub_is_recorded_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What transformers notes of a download is kept, not the branch that was asked for."""
+    folder, load = save_base("bert", tmp_path), transformers.AutoModelForSequenceClassification.from_pretrained
+
+    def downloaded(source: str, **arguments: Any) -> Any:
+        model = load(source, **arguments)
+        model.config._commit_hash = "c" * 40
+        return model
+
+    monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", downloaded)
+    assert load_base(folder, "classification", revision="main").base.revision == "c" * 40
+    monkeypatch.undo()
+    assert load_base(folder, "classification").base.revision is None

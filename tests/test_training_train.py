@@ -219,6 +219,8 @@ def test_going_on_from_an_adapter(tmp_path: Path) -> None:
     same = train(loaded, task, rows, LoraConfig(), frozen, name="tiny", init=first)
     assert all(torch.allclose(tensor, first.tensors[key]) for key, tensor in same.tensors.items())
     assert same.spec.config == first.spec.config
+    older = replace(first, spec=replace(first.spec, base=replace(first.spec.base, tokenizer_hash=None)))
+    assert train(loaded, task, rows, LoraConfig(), frozen, name="tiny", init=older).spec.base == loaded.base
     other = train(loaded, task, tiny_rows("classification", labels=5), LoraConfig(), frozen, name="tiny", init=first)
     assert other.tensors["classifier.weight"].shape == (5, 32)
     assert all(torch.allclose(tensor, first.tensors[key]) for key, tensor in other.body_tensors().items())
