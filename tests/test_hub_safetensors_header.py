@@ -35,7 +35,8 @@ def test_the_library_s_files_are_read() -> None:
 BAD = [
     (b"", "shorter than its header"),
     (b"\x01\x02", "shorter than its header"),
-    ((1 << 60).to_bytes(8, "little") + b"{}", "shorter than its header"),
+    ((1 << 60).to_bytes(8, "little") + b"{}", "at most 1048576"),
+    ((3).to_bytes(8, "little") + b"{}", "shorter than its header"),
     (build(b" " * (MAX_HEADER + 1)), "at most 1048576"),
     (build([]), "not an object"),
     (build({}), "no tensor"),

@@ -19,7 +19,7 @@ def test_layout_and_round_trip(tmp_path: Path) -> None:
     sha = store.write(b"bytes")
     assert sha == hashlib.sha256(b"bytes").hexdigest()
     assert (tmp_path / "blobs" / "sha256" / sha[:2] / sha).read_bytes() == b"bytes"
-    assert store.read(sha, "x") == b"bytes"
+    assert store.map(sha, "x") == b"bytes"
     assert not list((tmp_path / "tmp").iterdir())
 
 
@@ -30,14 +30,14 @@ def test_every_flipped_byte_is_seen(tmp_path: Path) -> None:
         damaged = bytearray(b"some bytes")
         damaged[position] ^= 1
         store.path(sha).write_bytes(damaged)
-        assert not store.has(sha)
+        assert not store.is_intact(sha)
         with pytest.raises(CorruptAdapterError, match="trec@1"):
-            store.read(sha, "trec@1")
+            store.map(sha, "trec@1")
 
 
 def test_missing_blob_is_an_error_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(CorruptAdapterError, match=r"missing.*pull it again"):
-        BlobStore(tmp_path).read("0" * 64, "x")
+        BlobStore(tmp_path).map("0" * 64, "x")
 
 
 def test_writing_again_heals_and_otherwise_leaves_the_file_alone(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_writing_again_heals_and_otherwise_leaves_the_file_alone(tmp_path: Path)
     assert store.path(sha).stat().st_ino == inode
     store.path(sha).write_bytes(b"rotten")
     store.write(b"bytes")
-    assert store.read(sha, "x") == b"bytes"
+    assert store.map(sha, "x") == b"bytes"
 
 
 def test_order_is_write_fsync_rename_fsync_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

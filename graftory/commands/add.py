@@ -13,9 +13,20 @@ from graftory.commands.output import json_option, print_ref
 @click.option("--name", required=True, help="Name in the hub: [org/]name.")
 @click.option("--version", type=click.IntRange(min=1), help="Version to add it as. [default: the next one]")
 @click.option("--base", help="Id of the base model, where the folder does not say it.")
+@click.option("--fits", metavar="DIR", help="Check first that it fits the base model in this folder.")
+@click.option("--allow-nonfinite", is_flag=True, help="Take it even if weights are NaN or infinite.")
 @json_option
 @click.pass_obj
-def command(registry: str | None, folder: str, name: str, version: int | None, base: str | None, as_json: bool) -> None:
+def command(
+    registry: str | None,
+    folder: str,
+    name: str,
+    version: int | None,
+    base: str | None,
+    fits: str | None,
+    allow_nonfinite: bool,
+    as_json: bool,
+) -> None:
     """Add an adapter from a folder, PEFT's or graftory's own.
 
     The files are kept byte for byte. The same files under the same name are added once; other files
@@ -24,9 +35,17 @@ def command(registry: str | None, folder: str, name: str, version: int | None, b
     \b
     Example:
       hub add my-peft-adapter --name sst2
+      hub add my-peft-adapter --name sst2 --fits models/bert
     """
     from graftory.hub import Hub
 
     hub = Hub.open(registry)
-    ref = hub.add(folder, name=name, version=version, base=BaseModel(base) if base else None)
+    ref = hub.add(
+        folder,
+        name=name,
+        version=version,
+        base=BaseModel(base) if base else None,
+        fits=fits,
+        allow_nonfinite=allow_nonfinite,
+    )
     print_ref("added", hub, ref, as_json)

@@ -13,7 +13,7 @@ from graftory.adapter import AdapterRef
 from graftory.schema import Json, encode
 
 if TYPE_CHECKING:
-    from graftory.hub import Hub
+    from graftory.hub import Delivery, Hub
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 
@@ -33,6 +33,33 @@ def print_ref(verb: str, hub: Hub, ref: AdapterRef, as_json: bool) -> None:
         print_json({"ref": str(ref), "name": record.name, "version": record.version, "digest": record.digest})
     else:
         click.echo(f"{verb} {record.ref}  {record.digest[:19]}")
+
+
+def print_delivery(verb: str, delivery: Delivery, as_json: bool) -> None:
+    """Say what travelled, and which aliases were left alone."""
+    if as_json:
+        print_json(
+            {
+                "ref": str(delivery.ref),
+                "name": delivery.ref.name,
+                "version": delivery.ref.version,
+                "digest": delivery.digest,
+                "parents": [str(parent) for parent in delivery.parents],
+                "aliases": delivery.aliases,
+                "kept_aliases": delivery.kept,
+                "signatures": delivery.signatures,
+                "source": delivery.source,
+            }
+        )
+        return
+    parents = f", with {', '.join(map(str, delivery.parents))}" if delivery.parents else ""
+    source = f" from {delivery.source}" if delivery.source else ""
+    click.echo(f"{verb} {delivery.ref}  {delivery.digest[:19]}{parents}{source}")
+    for alias in delivery.aliases:
+        click.echo(f"{delivery.ref.name}:{alias} means {delivery.ref} there as well")
+    for alias, version in delivery.kept.items():
+        other = f"{delivery.ref.name}@{version}"
+        click.echo(f"{delivery.ref.name}:{alias} means {other} there and stays; --move-aliases moves it")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -72,8 +72,8 @@ def share(bench: Bench) -> Json:
     pushed = [bench.hub.push(planned.name, remote) for planned in plan.ADAPTERS]
     third = Hub.create(bench.folder / "third-hub")
     pulled = third.pull(f"{remote}/{plan.EXPORTED}")
-    same = third.record(pulled).digest == bench.hub.record(plan.EXPORTED).digest
-    return {"pushed": [str(ref) for ref in pushed], "pulled": str(pulled), "same": same}
+    same = pulled.digest == bench.hub.record(plan.EXPORTED).digest
+    return {"pushed": [str(item.ref) for item in pushed], "pulled": str(pulled.ref), "same": same}
 
 
 def merge_two(bench: Bench) -> Json:

@@ -3,5 +3,6 @@
 from graftory.hub.hub import Hub
 from graftory.hub.index import IndexRow
 from graftory.hub.records import FileEntry, Record, TensorEntry
+from graftory.hub.transfer import Delivery
 
-__all__ = ["FileEntry", "Hub", "IndexRow", "Record", "TensorEntry"]
+__all__ = ["Delivery", "FileEntry", "Hub", "IndexRow", "Record", "TensorEntry"]

@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from graftory.adapter import AdapterRef, AdapterSpec
-from graftory.errors import CorruptAdapterError
+from graftory.errors import CorruptAdapterError, UnsupportedAdapterError
+from graftory.hub import strict_json
 from graftory.hub.codecs import codec_of, codec_of_files
+from graftory.hub.codecs.peft import CONFIG, WEIGHTS, outlined_spec
 from graftory.hub.codecs.tensors import check_finite
 from graftory.hub.depot import Depot
 from graftory.hub.files import map_file
-from graftory.hub.records import FileEntry, file_entries
+from graftory.hub.records import FileEntry, Record, TensorEntry, file_entries
 from graftory.hub.remotes.base import Foreign, Progress, Remote
+from graftory.hub.safetensors_header import header_bytes, parse_header
 
 SOURCE = "source"
 """Key in `Lineage.parameters`: where an adapter without a record was found."""
@@ -54,3 +57,21 @@ def spec_of(item: Foreign, files: Mapping[str, bytes], name: str) -> AdapterSpec
     spec = codec_of_files(files).imported_spec(files, name)
     lineage = replace(spec.lineage, parameters={**spec.lineage.parameters, SOURCE: item.source})
     return replace(spec, lineage=lineage, licence=item.licence)
+
+
+def outline(remote: Remote, item: Record | Foreign) -> tuple[AdapterSpec, tuple[TensorEntry, ...]]:
+    """What an adapter is and the shapes of its tensors, before its weights are fetched.
+
+    Raises:
+        CorruptAdapterError: If its configuration or the header of its weights breaks the format.
+        UnsupportedAdapterError: If it uses something graftory does not do.
+    """
+    if isinstance(item, Record):
+        return item.spec, item.tensors
+    entries = {entry.path: entry for entry in item.files}
+    if CONFIG not in entries or WEIGHTS not in entries:
+        raise UnsupportedAdapterError(f"{item.source}: wanted PEFT's {CONFIG} and {WEIGHTS}; got {', '.join(entries)}")
+    config, weights = entries[CONFIG], entries[WEIGHTS]
+    length = header_bytes(remote.peek(item, weights, 8), WEIGHTS)
+    stored = parse_header(remote.peek(item, weights, length), weights.size, WEIGHTS)
+    return outlined_spec(remote.peek(item, config, min(config.size, strict_json.SMALL + 1)), stored, item.name)

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from graftory.adapter import Adapter, AdapterRef, BaseModel, check_name
 from graftory.errors import ConfigError
+from graftory.hub.base_check import base_shapes, check_fits
 from graftory.hub.codecs import codec_of
 from graftory.hub.codecs.tensors import check_finite
 from graftory.hub.depot import Depot
 from graftory.hub.folders import read_folder, write_folder
-from graftory.hub.foreign import take_in
+from graftory.hub.foreign import outline, take_in
 from graftory.hub.index import IndexRow
+from graftory.hub.layouts import write_layout
 from graftory.hub.lineage import lineage_graph
 from graftory.hub.locate import find_hub, is_hub
 from graftory.hub.named import resolve_address
@@ -141,6 +143,7 @@ class Hub:
         name: str,
         version: int | None = None,
         base: BaseModel | None = None,
+        fits: str | Path | None = None,
         allow_nonfinite: bool = False,
     ) -> AdapterRef:
         """Keep the adapter in a folder, byte for byte: PEFT's two files, or what `materialize` wrote.
@@ -150,10 +153,12 @@ class Hub:
             name: Name in the hub.
             version: As in `put`.
             base: The base model, where it is known better than the files tell it.
+            fits: A folder with the base model; the adapter is refused if it does not fit.
             allow_nonfinite: As in `put`.
 
         Raises:
             DataError: If there is no such folder.
+            BaseMismatchError: If it does not fit the base in `fits`.
             CorruptAdapterError: If a file is missing or breaks its format.
             UnsupportedAdapterError: If the adapter uses something graftory does not do, or is a pickle.
             VersionConflictError: If `version` exists with other content.
@@ -161,9 +166,21 @@ class Hub:
         AdapterRef(check_name(name), version=version)
         spec, files = read_folder(Path(folder).expanduser(), name, base)
         tensors = codec_of(spec).check(files, spec)
+        if fits is not None:
+            check_fits(spec, tensors, base_shapes(Path(fits).expanduser()))
         if not allow_nonfinite:
             check_finite(files)
         return self._depot.publish(name, version, spec, files, tensors)
+
+    def check_base(self, ref: str | AdapterRef, folder: str | Path) -> None:
+        """Check from the headers of its files that a base model is the one an adapter needs.
+
+        Raises:
+            BaseMismatchError: If a module is missing there or has another shape.
+            DataError: If the folder holds no base model.
+        """
+        record = self.record(ref)
+        check_fits(record.spec, record.tensors, base_shapes(Path(folder).expanduser()))
 
     def materialize(self, ref: str | AdapterRef, folder: str | Path) -> Path:
         """Write an adapter as a folder: its files, and `graftory.json` with the specification.
@@ -200,6 +217,7 @@ class Hub:
         remote_ref: str,
         *,
         name: str | None = None,
+        base: str | Path | None = None,
         allow_nonfinite: bool = False,
         move_aliases: bool = False,
         progress: Progress = _silent,
@@ -211,6 +229,7 @@ class Hub:
             remote_ref: The remote and a reference there: `file:///dir/sst2@1`, `hf://org/repo@1`,
                 `s3://bucket/prefix/sst2`, `origin/sst2:prod`.
             name: Name for an adapter without a record; by default it is made from the address.
+            base: A folder with the base model; nothing is fetched if the adapter does not fit it.
             allow_nonfinite: As in `put`.
             move_aliases: As in `push`, for the aliases here.
             progress: Told of what travels.
@@ -219,14 +238,15 @@ class Hub:
             AdapterNotFoundError: If the reference names nothing there.
             CorruptAdapterError: If the bytes there are not the recorded ones; nothing is kept.
             VersionConflictError: If this hub has the version with other content.
+            BaseMismatchError: If it does not fit the base.
             RemoteError: If the remote cannot be reached or read.
         """
         remote, wanted = split_remote_ref(resolve_address(self._depot, remote_ref))
         item = remote.record(wanted)
+        if base is not None:
+            check_fits(*outline(remote, item), base_shapes(Path(base).expanduser()))
         if isinstance(item, Foreign):
-            ref = take_in(
-                self._depot, remote, item, name=name, allow_nonfinite=allow_nonfinite, progress=progress
-            )
+            ref = take_in(self._depot, remote, item, name=name, allow_nonfinite=allow_nonfinite, progress=progress)
             return Delivery(ref, self.record(ref).digest, source=item.source)
         if name is not None and name != item.name:
             raise ConfigError(
@@ -240,6 +260,25 @@ class Hub:
             move_aliases=move_aliases,
             progress=progress,
         )
+
+    def write_layout(
+        self, ref: str | AdapterRef, folder: str | Path, layout: str, *, served_base: str | None = None
+    ) -> Path:
+        """Write an adapter below a folder as another program wants it.
+
+        Args:
+            ref: The version.
+            folder: Where its own folder is made.
+            layout: `peft` or `vllm`.
+            served_base: The name under which vLLM serves the base; the one in the record by default.
+
+        Raises:
+            UnsupportedAdapterError: If the program cannot take it.
+            VersionConflictError: If the folder holds other files.
+        """
+        record = self.record(ref)
+        target = Path(folder).expanduser().absolute()
+        return write_layout(record, self._files(record), target, layout=layout, served_base=served_base)
 
     def aliases(self, name: str) -> dict[str, int]:
         """What each alias of a name means now."""

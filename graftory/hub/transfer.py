@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Delivery:
     digest: str
     parents: tuple[AdapterRef, ...] = ()
     aliases: tuple[str, ...] = ()
-    kept: Mapping[str, int] | None = None
+    kept: Mapping[str, int] = field(default_factory=dict)
     signatures: tuple[str, ...] = ()
     source: str | None = None
 

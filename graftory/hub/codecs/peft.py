@@ -7,7 +7,7 @@ refuses by name what graftory does not do. Where the adapter sits comes from the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from graftory.adapter import Adapter, AdapterSpec, BaseModel, Lineage
@@ -42,26 +42,7 @@ class PeftCodec:
 
     def imported_spec(self, files: Mapping[str, Bytes], name: str) -> AdapterSpec:
         """See `Codec`."""
-        config, stored = _read(files)
-        heads = config.heads_in(tuple(stored))
-        targets = _targets({key: tensor for key, tensor in stored.items() if not _under(key, heads)})
-        ranks = {path: stored[f"{path}.{_PARTS[0]}"].shape[0] for path in targets}
-        alphas = {path: config.alpha_of(path) for path in targets}
-        return AdapterSpec(
-            base=BaseModel(config.base or "unknown", revision=config.revision),
-            config=LoraConfig(
-                targets=targets,
-                init_seed=None,
-                rank=config.rank,
-                alpha=config.alpha,
-                rslora=config.rslora,
-                dropout=config.dropout,
-                rank_pattern={path: rank for path, rank in ranks.items() if rank != config.rank},
-                alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != config.alpha},
-            ),
-            task=imported_task(config.task_type, heads, stored, name),
-            lineage=Lineage(process="import", libraries={"peft": config.peft_version} if config.peft_version else {}),
-        )
+        return _spec(*_read(files), name)
 
     def check(self, files: Mapping[str, Bytes], spec: AdapterSpec) -> tuple[TensorEntry, ...]:
         """See `Codec`."""
@@ -90,16 +71,57 @@ class PeftCodec:
         return {key.removeprefix(PREFIX): value for key, value in shared.load(files[WEIGHTS]).items()}
 
 
+def outlined_spec(
+    config: bytes, stored: Sequence[StoredTensor], name: str
+) -> tuple[AdapterSpec, tuple[TensorEntry, ...]]:
+    """The specification and the shapes of the tensors, from the configuration and the header of the weights
+    alone. The tensors have no hash.
+
+    Raises:
+        CorruptAdapterError: If a file breaks its format.
+        UnsupportedAdapterError: If it uses something graftory does not do.
+    """
+    named = _without_prefix(stored)
+    spec = _spec(read_config(strict_json.loads(config, CONFIG), CONFIG), named, name)
+    return spec, tuple(TensorEntry(key, named[key].shape, named[key].dtype, "") for key in sorted(named))
+
+
 def _read(files: Mapping[str, Bytes]) -> tuple[PeftLora, dict[str, StoredTensor]]:
     config = read_config(strict_json.loads(bytes(files[CONFIG]), CONFIG), CONFIG)
+    return config, _without_prefix(shared.read_floats(files[WEIGHTS], WEIGHTS))
+
+
+def _without_prefix(tensors: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
     stored = {}
-    for tensor in shared.read_floats(files[WEIGHTS], WEIGHTS):
+    for tensor in tensors:
         if not tensor.name.startswith(PREFIX):
             raise UnsupportedAdapterError(
                 f"{WEIGHTS}: tensor {tensor.name!r} lacks PEFT's prefix {PREFIX!r}; save with PEFT"
             )
         stored[tensor.name.removeprefix(PREFIX)] = tensor
-    return config, stored
+    return stored
+
+
+def _spec(config: PeftLora, stored: Mapping[str, StoredTensor], name: str) -> AdapterSpec:
+    heads = config.heads_in(tuple(stored))
+    targets = _targets({key: tensor for key, tensor in stored.items() if not _under(key, heads)})
+    ranks = {path: stored[f"{path}.{_PARTS[0]}"].shape[0] for path in targets}
+    alphas = {path: config.alpha_of(path) for path in targets}
+    return AdapterSpec(
+        base=BaseModel(config.base or "unknown", revision=config.revision),
+        config=LoraConfig(
+            targets=targets,
+            init_seed=None,
+            rank=config.rank,
+            alpha=config.alpha,
+            rslora=config.rslora,
+            dropout=config.dropout,
+            rank_pattern={path: rank for path, rank in ranks.items() if rank != config.rank},
+            alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != config.alpha},
+        ),
+        task=imported_task(config.task_type, heads, stored, name),
+        lineage=Lineage(process="import", libraries={"peft": config.peft_version} if config.peft_version else {}),
+    )
 
 
 def _targets(body: Mapping[str, StoredTensor]) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ class DirectoryRemote:
         path = self._depot.blobs.path(entry.sha256)
         if not path.is_file():
             raise CorruptAdapterError(
-                f"{entry.path}: blob sha256:{entry.sha256[:12]}… is missing from {self._depot.root}; push it there again"
+                f"{entry.path}: blob sha256:{entry.sha256[:12]}… is missing from {self._depot.root}; push it again"
             )
         return path
 
