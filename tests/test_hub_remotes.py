@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from graftory.adapter import Parent
 from graftory.errors import (
@@ -15,9 +18,12 @@ from graftory.errors import (
     RemoteError,
     VersionConflictError,
 )
-from graftory.hub import Hub
+from graftory.hub import Hub, depot
 from graftory.hub.records import FileEntry, digest_of, record_from_bytes
+from graftory.hub.signature_store import SignatureStore
+from graftory.hub.staging import Staging
 from graftory.hub.store import BlobStore
+from graftory.schema import canonical
 from tests.hub_samples import bottleneck, lora, same, snapshot
 
 
@@ -222,3 +228,119 @@ def test_the_longest_part_that_is_a_hub_is_the_remote(hub: Hub, other: Hub) -> N
     other.put("org/trec", lora())
     assert str(hub.pull(address(other, "org/trec")).ref) == "trec@1"
     assert same(hub.get("trec"), lora(seed=1))
+
+
+def test_aliases_and_signatures_travel_both_ways(hub: Hub, other: Hub, tmp_path: Path) -> None:
+    hub.put("trec", lora())
+    hub.put("trec", lora(seed=1))
+    for alias, version in (("prod", 2), ("best", 2), ("old", 1)):
+        hub.set_alias("trec", alias, version)
+    SignatureStore(hub.root / ".hub").add("trec", 2, "ab" * 16, b"signed")
+    pushed = hub.push("trec:prod", address(other))
+    assert (pushed.aliases, pushed.kept, pushed.signatures) == (("best", "prod"), {}, ("ab" * 16,))
+    assert other.aliases("trec") == {"best": 2, "prod": 2}
+    third = Hub.create(tmp_path / "third")
+    assert third.pull(address(other, "trec")).aliases == ("best", "prod")
+    assert third.aliases("trec") == {"best": 2, "prod": 2}
+    assert SignatureStore(third.root / ".hub").of("trec", 2) == {"ab" * 16: b"signed"}
+
+
+def test_an_alias_that_means_another_version_there_stays_unless_asked(hub: Hub, other: Hub) -> None:
+    for seed in (0, 1):
+        hub.put("trec", lora(seed=seed))
+    other.put("trec", lora(seed=0))
+    other.set_alias("trec", "prod", 1)
+    hub.set_alias("trec", "prod", 2)
+    first = hub.push("trec@2", address(other))
+    assert (first.aliases, first.kept) == ((), {"prod": 1})
+    assert other.aliases("trec") == {"prod": 1}
+    assert hub.push("trec@2", address(other), move_aliases=True).aliases == ("prod",)
+    assert other.aliases("trec") == {"prod": 2}
+
+
+def test_a_transfer_cut_inside_a_file_goes_on_at_the_byte(
+    hub: Hub, other: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.put("trec", lora())
+    monkeypatch.setattr("graftory.hub.files._CHUNK", 64)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.endswith("safetensors") and done >= 256:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        other.pull(address(hub, "trec"), progress=stop)
+    seen: list[int] = []
+    other.pull(address(hub, "trec"), progress=lambda what, done, total: seen.append(done))
+    assert seen[0] == 256 + 64
+    assert same(other.get("trec"), lora())
+    assert not [path for path in (other.root / ".hub/tmp").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("junk", [b"x" * 100, b"x" * 100_000])
+def test_a_damaged_beginning_is_fetched_anew(junk: bytes, hub: Hub, other: Hub) -> None:
+    hub.put("trec", lora())
+    weights = hub.record("trec").files[1]
+    staging = Staging(other.root / ".hub")
+    staging.home.mkdir(parents=True)
+    staging.path(weights.sha256).write_bytes(junk)
+    other.pull(address(hub, "trec"))
+    assert same(other.get("trec"), lora())
+
+
+def test_what_garbage_collection_took_between_check_and_lock_is_fetched_again(
+    hub: Hub, other: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A blob that no record names yet counts as here, until it is gone when the record is written."""
+    hub.put("trec", lora())
+    weights = hub.record("trec").files[1]
+    blobs = BlobStore(other.root / ".hub")
+    blobs.write(bytes(BlobStore(hub.root / ".hub").map(weights.sha256, "x")))
+    real, calls = depot.check_contents, []
+
+    def check(*args: Any, **options: Any) -> None:
+        real(*args, **options)
+        calls.append(1)
+        if len(calls) == 1:
+            blobs.remove(weights.sha256)
+
+    monkeypatch.setattr(depot, "check_contents", check)
+    other.pull(address(hub, "trec"))
+    assert len(calls) == 2
+    assert same(other.get("trec"), lora())
+
+
+def test_weights_that_are_not_finite_travel_only_when_asked(hub: Hub, other: Hub) -> None:
+    adapter = lora()
+    adapter.tensors["classifier.bias"][0] = float("nan")
+    with pytest.raises(CorruptAdapterError, match=r"classifier\.bias.*--allow-nonfinite"):
+        hub.put("trec", adapter)
+    assert hub.index() == ()
+    hub.put("trec", adapter, allow_nonfinite=True)
+    with pytest.raises(CorruptAdapterError, match="NaN or infinity"):
+        other.pull(address(hub, "trec"))
+    assert other.index() == ()
+    other.pull(address(hub, "trec"), allow_nonfinite=True)
+    assert torch.isnan(other.get("trec").tensors["classifier.bias"][0])
+
+
+def test_listing_of_a_remote(hub: Hub, other: Hub) -> None:
+    for seed in (0, 1):
+        other.put("org/trec", lora(seed=seed))
+    other.put("sms", lora())
+    assert hub.listing(address(other)) == {"org/trec": (1, 2), "sms": (1,)}
+
+
+def test_a_record_from_a_graftory_with_fewer_fields_keeps_its_bytes(hub: Hub, other: Hub) -> None:
+    """Fields that came later have defaults; the digest is over what was written, the bytes travel as they are."""
+    hub.put("trec", lora())
+    path = hub.root / ".hub/records/trec/1.json"
+    fields = json.loads(path.read_text())
+    del fields["spec"]["base"]["revision"], fields["spec"]["task"]["template"]
+    text = canonical({"files": fields["files"], "spec": fields["spec"]})
+    fields["digest"] = f"sha256:{hashlib.sha256(text).hexdigest()}"
+    path.write_text(json.dumps(fields))
+    assert hub.record("trec").digest == fields["digest"]
+    assert hub.record("trec").spec.base.revision is None
+    other.pull(address(hub, "trec"))
+    assert (other.root / ".hub/records/trec/1.json").read_bytes() == path.read_bytes()

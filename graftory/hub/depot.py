@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -20,7 +21,7 @@ from graftory.errors import (
 from graftory.hub import index, pending
 from graftory.hub.aliases import AliasMove, AliasStore
 from graftory.hub.contents import check_contents, check_file_names
-from graftory.hub.files import disk, make_folder, map_file, write_atomic
+from graftory.hub.files import disk, make_folder, map_file, sync_file, write_atomic
 from graftory.hub.records import FileEntry, Record, RecordStore, TensorEntry, digest_of, file_entries
 from graftory.hub.signature_store import SignatureStore
 from graftory.hub.staging import Staging
@@ -238,7 +239,11 @@ class Depot:
             staged = self.stage(record.files, fetch)
             contents = {e.path: map_file(staged.get(e.sha256, self.blobs.path(e.sha256))) for e in record.files}
             try:
-                check_contents(record, contents, allow_nonfinite=allow_nonfinite)
+                with ThreadPoolExecutor(1) as pool:  # the disk writes while the processor hashes
+                    synced = [pool.submit(sync_file, path) for path in staged.values()]
+                    check_contents(record, contents, allow_nonfinite=allow_nonfinite)
+                for sync in synced:
+                    sync.result()
             except GraftoryError:
                 self.staging.discard(staged)
                 if begun:  # what an earlier try left may have been damaged since, say by a power cut

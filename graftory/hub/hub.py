@@ -261,6 +261,14 @@ class Hub:
             progress=progress,
         )
 
+    def listing(self, remote: str) -> dict[str, tuple[int, ...]]:
+        """The names and versions that a remote has.
+
+        Raises:
+            RemoteError: If the remote cannot be reached or read.
+        """
+        return dict(open_remote(resolve_address(self._depot, remote)).listing())
+
     def write_layout(
         self, ref: str | AdapterRef, folder: str | Path, layout: str, *, served_base: str | None = None
     ) -> Path:
