@@ -22,6 +22,8 @@ _EXPONENT = {
 }
 """The float dtypes that adapters are stored in: integer view and mask of the exponent."""
 _BLOCK = 1 << 15
+_OUTPUT_LAYERS = ("out_proj", "classifier", "score")
+"""Names of a head's last layer, where it has several."""
 
 
 def read_floats(data: Bytes, where: str) -> tuple[StoredTensor, ...]:
@@ -98,17 +100,44 @@ def is_head(key: str, spec: AdapterSpec) -> bool:
     return spec.task is not None and any(key.startswith(f"{head}.") for head in spec.task.head)
 
 
-def check_heads(keys: Mapping[str, StoredTensor], spec: AdapterSpec, where: str) -> None:
-    """Check that every listed head is there.
+def check_heads(stored: Mapping[str, StoredTensor], spec: AdapterSpec, where: str) -> None:
+    """Check that every listed head is there, and gives out as many numbers as the task has labels.
 
     Raises:
-        CorruptAdapterError: If a head has no tensor.
+        CorruptAdapterError: If a head has no tensor, or labels and outputs disagree.
+        UnsupportedAdapterError: If no linear layer is found in the head.
     """
-    for head in spec.task.head if spec.task else ():
-        if not any(key.startswith(f"{head}.") for key in keys):
+    heads = spec.task.head if spec.task else ()
+    for head in heads:
+        if not any(key.startswith(f"{head}.") for key in stored):
             raise CorruptAdapterError(
                 f"{where}: the specification lists the head {head!r}, the file lacks it; save both"
             )
+    wanted = spec.task.outputs if spec.task else 0
+    if heads and wanted and (found := head_outputs(heads, stored)) != wanted:
+        raise CorruptAdapterError(
+            f"{where}: the head {heads[0]!r} has {found} outputs, the task {wanted} labels; save both together"
+        )
+
+
+def head_outputs(heads: Sequence[str], stored: Mapping[str, StoredTensor]) -> int:
+    """How many numbers a head gives out: the rows of its last linear layer.
+
+    Raises:
+        UnsupportedAdapterError: If no linear layer is found.
+    """
+    rows = {
+        key.removesuffix(".weight"): tensor.shape[0]
+        for key, tensor in stored.items()
+        if any(key.startswith(f"{head}.") for head in heads) and key.endswith(".weight") and len(tensor.shape) == 2
+    }
+    if not rows:
+        raise UnsupportedAdapterError(f"modules_to_save: no linear layer in {heads[0]!r}; graftory keeps linear heads")
+    for last in _OUTPUT_LAYERS:
+        found = [count for path, count in rows.items() if path.rpartition(".")[2] == last]
+        if found:
+            return min(found)
+    return min(rows.values())
 
 
 def dump(tensors: Mapping[str, Tensor]) -> bytes:
