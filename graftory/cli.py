@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, str] = {
     "list": "List the adapters of the hub.",
     "show": "Show everything that is recorded about an adapter.",
     "log": "Show what an adapter was made from.",
+    "diff": "Compare two adapters: what is recorded of them, and their tensors.",
     "add": "Add an adapter from a folder, PEFT's or graftory's own.",
     "push": "Send an adapter to a remote hub.",
     "pull": "Fetch an adapter from a remote hub.",
