@@ -12,7 +12,6 @@ from pathlib import Path
 from graftory.adapter import AdapterRef, AdapterSpec
 from graftory.errors import (
     AdapterNotFoundError,
-    CorruptAdapterError,
     GraftoryError,
     RemoteError,
     StorageError,
@@ -157,13 +156,14 @@ class Depot:
                     self._refresh(wanted)
 
     def _refresh(self, names: tuple[str, ...]) -> None:
-        try:
-            rows = index.read_index(self.index_path)
-        except (FileNotFoundError, CorruptAdapterError):
+        before = self.index_path.read_bytes() if self.index_path.is_file() else b""
+        data: bytes | None = before
+        for name in names:
+            data = data and index.with_row(data, name, index.make_row(self.records, self.aliases, name))
+        if not data:
             self.rebuild()
             return
-        data = index.index_bytes(self._with_rows_of(rows, names))
-        if data != self.index_path.read_bytes():
+        if data != before:
             write_atomic(self.index_path, data, self.tmp)
         pending.clear(self.pending_path)
 

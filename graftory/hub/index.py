@@ -1,7 +1,14 @@
-"""`registry.json`: one row for each name, a deterministic function of the records and alias logs."""
+"""`registry.json`: one row for each name, a deterministic function of the records and alias logs.
+
+It is JSON with a row on each line, so that a push changes one line of it, also in a `git diff`, and need
+not parse the others.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +17,15 @@ from graftory.errors import ConfigError, CorruptAdapterError
 from graftory.hub import strict_json
 from graftory.hub.aliases import AliasStore
 from graftory.hub.records import RecordStore
-from graftory.schema import decode, pretty
+from graftory.schema import decode, encode
 
 FORMAT = "graftory-registry"
 SCHEMA = 1
 FILE_NAME = "registry.json"
+_HEAD = f'{{"format": "{FORMAT}", "schema": {SCHEMA}, "adapters": [\n'.encode()
+_TAIL = b"]}\n"
+_START = b'{"name": "%s",'
+_ROW = re.compile(rb'\{"name": "[^"\\\n]+", [^\n]*\}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +51,6 @@ class IndexRow:
     kind: str | None
     method: str
     base: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Index:
-    format: str
-    schema: int
-    adapters: tuple[IndexRow, ...]
 
 
 def make_row(records: RecordStore, aliases: AliasStore, name: str) -> IndexRow | None:
@@ -75,7 +79,38 @@ def make_index(records: RecordStore, aliases: AliasStore) -> tuple[IndexRow, ...
 
 def index_bytes(rows: tuple[IndexRow, ...]) -> bytes:
     """The one byte string of an index: rows sorted by name."""
-    return pretty(_Index(FORMAT, SCHEMA, tuple(sorted(rows, key=lambda row: row.name))))
+    return _joined([_line(row) for row in sorted(rows, key=lambda row: row.name)])
+
+
+def with_row(data: bytes, name: str, row: IndexRow | None) -> bytes | None:
+    """The bytes of an index with the row of one name put in, replaced or taken out.
+
+    Returns:
+        The same bytes as `index_bytes` gives; None if `data` is not of its form, say after an edit by hand.
+    """
+    if not data.startswith(_HEAD) or not data.endswith(_TAIL):
+        return None
+    body = data[len(_HEAD) : -len(_TAIL)]
+    lines = body.removesuffix(b"\n").split(b",\n") if body else []
+    if not all(_ROW.fullmatch(line) for line in lines):
+        return None
+    start = _START % name.encode()
+    lines = [line for line in lines if not line.startswith(start)]
+    if row is not None:
+        insort(lines, _line(row), key=_name)
+    return _joined(lines)
+
+
+def _line(row: IndexRow) -> bytes:
+    return json.dumps(encode(row), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _joined(lines: list[bytes]) -> bytes:
+    return _HEAD + b",\n".join(lines) + (b"\n" if lines else b"") + _TAIL
+
+
+def _name(line: bytes) -> bytes:
+    return line[len(_START) - 4 : line.index(b'"', len(_START) - 4)]
 
 
 def read_index(path: Path) -> tuple[IndexRow, ...]:
@@ -87,8 +122,8 @@ def read_index(path: Path) -> tuple[IndexRow, ...]:
     """
     data = strict_json.loads(path.read_bytes(), str(path), limit=strict_json.LARGE)
     if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("schema") != SCHEMA:
-        raise CorruptAdapterError(f"{path}: not an index of this format; make it anew with Hub.rebuild_index()")
+        raise CorruptAdapterError(f"{path}: not an index of this format; make it anew with hub verify --rebuild")
     try:
         return decode(tuple[IndexRow, ...], data.get("adapters"), str(path))
     except ConfigError as error:
-        raise CorruptAdapterError(f"{error}; make the index anew with Hub.rebuild_index()") from None
+        raise CorruptAdapterError(f"{error}; make the index anew with hub verify --rebuild") from None
