@@ -199,6 +199,9 @@ class Adapter:
 
     spec: AdapterSpec
     tensors: Mapping[str, Tensor]
+    sources: tuple[Adapter, ...] = ()
+    """The adapters that a composed one works on, in the order of its `composed` parents; they have records of
+    their own."""
 
     def head_tensors(self) -> dict[str, Tensor]:
         """The tensors of the head alone."""

@@ -26,8 +26,9 @@ class _Entry:
 
     slot: str
     spec: AdapterSpec
-    sites: tuple[tuple[str, str], ...]
-    heads: tuple[str, ...]
+    sources: tuple[Adapter, ...]
+    sites: tuple[tuple[str, str], ...] = ()
+    heads: tuple[str, ...] = ()
 
 
 class AdaptedModel(nn.Module):
@@ -84,7 +85,7 @@ class AdaptedModel(nn.Module):
             raise RouteError(f"an adapter {name!r} is attached already; remove it first or choose another name")
         if check_base:
             self._check_base(name, adapter.spec.base)
-        entry = _Entry(f"slot{self._slots}", adapter.spec, (), ())
+        entry = _Entry(f"slot{self._slots}", adapter.spec, adapter.sources)
         self._slots += 1
         try:
             entry = self._put_body(entry, adapter)
@@ -135,7 +136,7 @@ class AdaptedModel(nn.Module):
             tensors |= self._site(key).tensors(entry.slot, path)
         for path in entry.heads:
             tensors |= self._head(path).tensors(entry.slot)
-        return Adapter(entry.spec, tensors)
+        return Adapter(entry.spec, tensors, entry.sources)
 
     def detach(self) -> PreTrainedModel:
         """Take everything out and give back the base, bit for bit as it came."""
@@ -158,7 +159,7 @@ class AdaptedModel(nn.Module):
             key = f"{type(site).__name__} {found}".replace(".", "/")
             if key in self.sites:
                 site = self._site(key)
-            site.put(entry.slot, config, path, adapter.tensors)
+            site.put(entry.slot, config, path, adapter)
             if key not in self.sites:
                 self.sites[key] = site
                 site.install(self.model)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from graftory.adapter import Adapter
 from graftory.adapters.architectures import (
     GROUPS,
     architecture_of,
@@ -46,9 +47,9 @@ class LoraSite(Site[LoraConfig]):
         rank = config.rank_of(path)
         return {A: (rank, inputs), B: (outputs, rank)}
 
-    def put(self, slot: str, config: LoraConfig, path: str, tensors: Mapping[str, Tensor]) -> None:
+    def put(self, slot: str, config: LoraConfig, path: str, adapter: Adapter) -> None:
         """See `Site.put`; the scale is kept per slot, because adapters may spell the path in two ways."""
-        super().put(slot, config, path, tensors)
+        super().put(slot, config, path, adapter)
         self.scales[slot] = config.scale_of(path)
 
     def drop(self, slot: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from graftory.adapter import Adapter
 from graftory.adapters.route import Route, current_route
 from graftory.config import AdapterConfig
 from graftory.errors import ShapeError
@@ -56,15 +57,21 @@ class Site(nn.Module, ABC, Generic[C]):
             path: The module's path as the adapter spells it.
         """
 
-    def put(self, slot: str, config: C, path: str, tensors: Mapping[str, Tensor]) -> None:
+    def put(self, slot: str, config: C, path: str, adapter: Adapter) -> None:
         """Add an adapter's weights.
+
+        Args:
+            slot: Where they are kept.
+            config: The adapter's configuration.
+            path: The module's path as the adapter spells it.
+            adapter: The adapter.
 
         Raises:
             ShapeError: If a tensor is missing or has another shape than the base and the configuration ask for.
         """
         parameters = nn.ParameterDict()
         for part, shape in self.shapes(config, path).items():
-            tensor = tensors.get(f"{path}.{part}")
+            tensor = adapter.tensors.get(f"{path}.{part}")
             if tensor is None or tuple(tensor.shape) != shape:
                 got = "nothing" if tensor is None else str(tuple(tensor.shape))
                 raise ShapeError(f"{path}.{part}: got {got}, wanted {shape} for this base and configuration")
