@@ -26,6 +26,8 @@ COMMANDS: Mapping[str, str] = {
     "pull": "Fetch an adapter from a remote hub.",
     "alias": "Name a version, or list the names of versions.",
     "remote": "Give remotes short names.",
+    "verify": "Check a hub: every byte of every version, its records, aliases and index.",
+    "gc": "Remove what no version needs: leftovers of crashes and of broken downloads.",
     "sign": "Sign an adapter, its files and everything it was made from.",
     "keygen": "Make a key to sign adapters with.",
     "merge": "Make one adapter out of several.",

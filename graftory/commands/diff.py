@@ -11,7 +11,7 @@ from graftory.commands.output import json_option, print_json, print_table, worki
 from graftory.schema import Json
 
 if TYPE_CHECKING:
-    from graftory.hub.diff import Difference
+    from graftory.hub import Difference
     from graftory.hub.norms import Distance
 
 _SHOWN = 12
@@ -39,12 +39,10 @@ def command(registry: str | None, left: str, right: str, everything: bool, as_js
       hub diff trec@1 sms@1 --json
     """
     from graftory.hub import Hub
-    from graftory.hub.depot import Depot
-    from graftory.hub.diff import diff
 
     hub = Hub.open(registry)
     with working("comparing"):
-        found = diff(Depot(hub.root), hub.record(left), hub.record(right))
+        found = hub.diff(left, right)
     if as_json:
         print_json(found)
     elif found.same:

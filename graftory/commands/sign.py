@@ -38,9 +38,7 @@ def command(registry: str | None, ref: str, key_path: Path, passphrase_file: Pat
       hub verify trec@1 --key ~/.ssh/adapters.pub
     """
     from graftory.hub import Hub
-    from graftory.hub.depot import Depot
     from graftory.hub.keys import is_encrypted, load_private_key
-    from graftory.hub.signing import sign
 
     hub, path = Hub.open(registry), key_path.expanduser()
     passphrase = read_passphrase(passphrase_file) if passphrase_file else None
@@ -49,7 +47,7 @@ def command(registry: str | None, ref: str, key_path: Path, passphrase_file: Pat
         passphrase = typed.encode()
     key = load_private_key(path, passphrase)
     with working("hashing and signing"):
-        signed = sign(Depot(hub.root), ref, key)
+        signed = hub.sign(ref, key)
     if as_json:
         print_json(signed)
         return

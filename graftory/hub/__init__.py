@@ -1,8 +1,24 @@
 """The hub of adapters: versions, their bytes, their records, and other hubs to push to and pull from."""
 
+from graftory.hub.diff import Difference
+from graftory.hub.gc import Collected
 from graftory.hub.hub import Hub
 from graftory.hub.index import IndexRow
 from graftory.hub.records import FileEntry, Record, TensorEntry
+from graftory.hub.signing import Signed
 from graftory.hub.transfer import Delivery
+from graftory.hub.verify import Problem, Report
 
-__all__ = ["Delivery", "FileEntry", "Hub", "IndexRow", "Record", "TensorEntry"]
+__all__ = [
+    "Collected",
+    "Delivery",
+    "Difference",
+    "FileEntry",
+    "Hub",
+    "IndexRow",
+    "Problem",
+    "Record",
+    "Report",
+    "Signed",
+    "TensorEntry",
+]

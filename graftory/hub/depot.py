@@ -139,6 +139,23 @@ class Depot:
         pending.clear(self.pending_path)
         return rows
 
+    def repair(self) -> None:
+        """Make up for a writer that was broken off before its row was in the index; the caller holds the lock."""
+        names = pending.read(self.pending_path)
+        if names is None or not self.index_path.is_file():
+            self.rebuild()
+        elif names:
+            self._refresh(names)
+
+    def add_signature(self, record: Record, key_id: str, data: bytes) -> bool:
+        """Keep a signature; one of the same key that is there stays, and False is returned.
+
+        Raises:
+            SignatureError: If the id of the key or the size of the signature is impossible.
+        """
+        with self.lock():
+            return self.signatures.add(record.name, record.version, key_id, data)
+
     @contextmanager
     def changing(self, name: str) -> Iterator[None]:
         """Change records or aliases of a name; the caller holds the lock. Whatever happens within, and

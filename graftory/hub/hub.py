@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,10 @@ from graftory.hub.base_check import base_shapes, check_fits
 from graftory.hub.codecs import codec_of
 from graftory.hub.codecs.tensors import check_finite
 from graftory.hub.depot import Depot
+from graftory.hub.diff import Difference, diff
 from graftory.hub.folders import read_folder, write_folder
 from graftory.hub.foreign import outline, take_in
+from graftory.hub.gc import KEEP_SECONDS, Collected, collect
 from graftory.hub.index import IndexRow
 from graftory.hub.layouts import write_layout
 from graftory.hub.lineage import lineage_graph
@@ -20,16 +23,16 @@ from graftory.hub.locate import find_hub, is_hub
 from graftory.hub.named import resolve_address
 from graftory.hub.records import Record
 from graftory.hub.remotes.addresses import open_remote, split_remote_ref
-from graftory.hub.remotes.base import Foreign, Progress
+from graftory.hub.remotes.base import Foreign, Progress, silent
 from graftory.hub.resolve import resolve
+from graftory.hub.signing import Signed, sign
 from graftory.hub.transfer import Delivery, receive, send
+from graftory.hub.verify import Report, verify
 
 if TYPE_CHECKING:
     import networkx
 
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody looks at."""
+    from graftory.hub.keys import PrivateKey, PublicKey
 
 
 class Hub:
@@ -193,7 +196,7 @@ class Hub:
         return write_folder(Path(folder).expanduser().absolute(), record.spec, self._files(record))
 
     def push(
-        self, ref: str | AdapterRef, remote: str, *, move_aliases: bool = False, progress: Progress = _silent
+        self, ref: str | AdapterRef, remote: str, *, move_aliases: bool = False, progress: Progress = silent
     ) -> Delivery:
         """Bring a version, the parents it is composed of, its aliases and signatures to a remote; the
         version number stays.
@@ -220,7 +223,7 @@ class Hub:
         base: str | Path | None = None,
         allow_nonfinite: bool = False,
         move_aliases: bool = False,
-        progress: Progress = _silent,
+        progress: Progress = silent,
     ) -> Delivery:
         """Bring a version, the parents it is composed of, its aliases and signatures from a remote; the
         version number stays. An adapter without a record gets one, as the next version.
@@ -287,6 +290,57 @@ class Hub:
         record = self.record(ref)
         target = Path(folder).expanduser().absolute()
         return write_layout(record, self._files(record), target, layout=layout, served_base=served_base)
+
+    def verify(
+        self,
+        refs: Sequence[str | AdapterRef] = (),
+        *,
+        complete: bool = False,
+        keys: Sequence[PublicKey] = (),
+        progress: Progress = silent,
+    ) -> Report:
+        """Check every byte of some versions, or of the whole hub; what is wrong is in the report.
+
+        Args:
+            refs: The versions; everything if there are none.
+            complete: Whether to list what the records lack.
+            keys: Public keys, one of which must have signed each version.
+            progress: Told of the bytes hashed.
+
+        Raises:
+            AdapterNotFoundError: If a reference names nothing here.
+        """
+        return verify(self._depot, refs, complete=complete, keys=keys, progress=progress)
+
+    def gc(self, *, dry_run: bool = False, partial_downloads: bool = False) -> Collected:
+        """Remove what no version needs.
+
+        Args:
+            dry_run: Only say what would be removed.
+            partial_downloads: Whether unfinished downloads of less than a day count.
+
+        Raises:
+            CorruptAdapterError: If a record is damaged; nothing is removed.
+        """
+        return collect(self._depot, dry_run=dry_run, keep_seconds=0.0 if partial_downloads else KEEP_SECONDS)
+
+    def diff(self, left: str | AdapterRef, right: str | AdapterRef) -> Difference:
+        """What differs between two versions: recorded values, metrics, tensors, LoRA updates. Raises as `get`."""
+        return diff(self._depot, self.record(left), self.record(right))
+
+    def sign(self, ref: str | AdapterRef, key: PrivateKey) -> Signed:
+        """Sign a version with its files and all it was made from.
+
+        Raises:
+            CorruptAdapterError: If bytes are not the recorded ones.
+            SignatureError: If a parent that it is composed of is not here.
+        """
+        return sign(self._depot, ref, key)
+
+    def signatures(self, ref: str | AdapterRef) -> tuple[str, ...]:
+        """The ids of the keys that have signed a version; whether rightly, `verify` tells."""
+        found = self.resolve(ref)
+        return tuple(self._depot.signatures.of(found.name, found.version or 0))
 
     def aliases(self, name: str) -> dict[str, int]:
         """What each alias of a name means now."""

@@ -112,7 +112,7 @@ def sign(depot: Depot, ref: str | AdapterRef, key: PrivateKey) -> Signed:
         return check_signature(depot, record, [key.public])
     statement = make_statement(depot, record, key_id)
     checked = _check(depot, record, statement)
-    new = depot.signatures.add(record.name, record.version, key_id, seal(statement, key))
+    new = depot.add_signature(record, key_id, seal(statement, key))
     return replace(checked, new=new)
 
 

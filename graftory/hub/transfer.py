@@ -77,7 +77,7 @@ def receive(
     for item in records:
         depot.receive(item, partial(_fetch, remote, item, progress), allow_nonfinite=allow_nonfinite)
         for key_id, data in remote.signatures(item).items():
-            depot.signatures.add(item.name, item.version, key_id, data)
+            depot.add_signature(item, key_id, data)
     moved, kept = _carry_aliases(
         record, remote.aliases(record.name), depot.aliases.current(record.name), depot.move_alias, move_aliases
     )

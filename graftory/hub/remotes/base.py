@@ -15,6 +15,10 @@ Progress = Callable[[str, int, int], None]
 """Called with what travels, the bytes done and the bytes in all."""
 
 
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Foreign:
     """An adapter without a record, as PEFT's users upload it.

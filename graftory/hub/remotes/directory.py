@@ -77,7 +77,7 @@ class DirectoryRemote:
         """See `Remote`."""
         with self._writing():
             for key_id, data in signatures.items():
-                self._depot.signatures.add(record.name, record.version, key_id, data)
+                self._depot.add_signature(record, key_id, data)
 
     def _blob(self, entry: FileEntry) -> Path:
         path = self._depot.blobs.path(entry.sha256)
