@@ -43,7 +43,9 @@ def test_every_architecture(kind: str, tmp_path: Path) -> None:
     config = model.config
     wide = {name: 64 for name in ("hidden_size", "n_embd", "d_model", "dim") if name in config.to_dict()}
     other = saved(type(model)(type(config).from_dict({**config.to_dict(), **wide})), tmp_path / "wide")
-    few = {name: 1 for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if name in config.to_dict()}
+    few: dict[str, Any] = {
+        name: 1 for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if name in config.to_dict()
+    }
     few |= {"num_decoder_layers": 1} if kind == "t5" else {}
     few |= {"layer_types": None} if "layer_types" in config.to_dict() else {}
     low = saved(type(model)(type(config).from_dict({**config.to_dict(), **few})), tmp_path / "low")

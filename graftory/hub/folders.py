@@ -77,7 +77,15 @@ def write_folder(folder: Path, spec: AdapterSpec, files: Mapping[str, Bytes]) ->
     Raises:
         VersionConflictError: If the folder holds other files.
     """
-    content = {**files, SIDECAR: pretty({"format": _FORMAT, "schema": _SCHEMA, "spec": spec_to_json(spec)})}
+    return place(folder, {**files, SIDECAR: pretty({"format": _FORMAT, "schema": _SCHEMA, "spec": spec_to_json(spec)})})
+
+
+def place(folder: Path, content: Mapping[str, Bytes]) -> Path:
+    """Make a folder of some files, in full or not at all; the same content again is a no-op.
+
+    Raises:
+        VersionConflictError: If the folder holds other files.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if folder.is_dir() and {path.name: _bytes(path) for path in folder.iterdir()} == content:
             return folder
