@@ -104,3 +104,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         files.write_atomic(target, b"new", tmp_path / "tmp")
     assert target.read_bytes() == b"old"
     assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("there", [b"", b"abc", b"abcdef", b"abcdefgh"])
+def test_a_copy_goes_on_with_what_is_there(tmp_path: Path, there: bytes) -> None:
+    (tmp_path / "from").write_bytes(b"abcdef")
+    (tmp_path / "to").write_bytes(there)
+    told: list[int] = []
+    files.copy_on(tmp_path / "from", tmp_path / "to", told.append)
+    assert (tmp_path / "to").read_bytes() == b"abcdef"
+    assert told == ([] if there == b"abcdef" else [6])

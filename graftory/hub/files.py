@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 from uuid import uuid4
 
 from graftory.errors import StorageError
@@ -136,11 +137,17 @@ def copy_on(source: Path, target: Path, progress: Callable[[int], None]) -> None
     size = source.stat().st_size
     with disk(target), source.open("rb") as reader, target.open("ab") as writer:
         if writer.tell() > size:
-            writer.truncate(0)
+            empty(writer)
         reader.seek(min(writer.tell(), size))
         while chunk := reader.read(_CHUNK):
             writer.write(chunk)
             progress(reader.tell())
+
+
+def empty(file: IO[bytes]) -> None:
+    """Throw away what an open file holds, and begin anew."""
+    file.seek(0)
+    file.truncate()
 
 
 def map_file(path: Path) -> memoryview:

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftory.errors import AdapterNotFoundError, GraftoryError, RemoteError
-from graftory.hub.files import disk
+from graftory.hub.files import disk, empty
 from graftory.hub.redact import redact
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-_CHUNK = 1 << 20
 _STALE = (409, 412)
 """What the hub answers if the branch has moved on since the parent commit."""
 
@@ -123,13 +122,13 @@ class Repo:
         """Make `target` hold a file, going on behind what it holds already."""
         with disk(target), target.open("ab") as file:
             if file.tell() > size:
-                file.truncate(0)
+                empty(file)
             if file.tell() == size:
                 return
             with self._get(commit, path, (file.tell(), None) if file.tell() else None) as response:
                 if response.status_code != 206:  # the server does not do ranges
-                    file.truncate(0)
-                for chunk in response.iter_bytes(_CHUNK):
+                    empty(file)
+                for chunk in response.iter_bytes():
                     file.write(chunk)
                     progress(file.tell())
                     if file.tell() > size:
@@ -195,7 +194,7 @@ class Repo:
         except Exception as error:
             if isinstance(error, passing) or not isinstance(error, _library_errors()):
                 raise
-            found = error
+            found = _cause_of(error)
         else:
             return
         status = getattr(getattr(found, "response", None), "status_code", None)
@@ -206,7 +205,7 @@ class Repo:
 
 def _first_bytes(response: Any, limit: int) -> bytes:
     data = b""
-    for chunk in response.iter_bytes(_CHUNK):
+    for chunk in response.iter_bytes():
         data += chunk
         if len(data) >= limit:
             break
@@ -241,7 +240,15 @@ def _library_errors() -> tuple[type[Exception], ...]:
         ConnectionError,
         TimeoutError,
         ValueError,
+        RuntimeError,
     )
+
+
+def _cause_of(error: Exception) -> Exception:
+    """What an error wraps: uploads say only which file they were at."""
+    while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
 
 
 _REMEDIES: Mapping[str, str] = {
