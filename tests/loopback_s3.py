@@ -8,10 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs
+from urllib.request import Request as HttpRequest
+from urllib.request import urlopen
 
 import pytest
 
-KEY, SECRET, TOKEN = "AKIACANARYCANARY0001", "canarySecret/0123456789+abcdefghijklmnop", "canary-session-token-0123456789"
+KEY, SECRET, TOKEN = (
+    "AKIACANARYCANARY0001",
+    "canarySecret/0123456789+abcdefghijklmnop",
+    "canary-session-token-0123456789",
+)
 Answer = tuple[str, bytes]
 """Status line and body."""
 
@@ -53,6 +59,7 @@ class LoopbackS3:
     requests: list[Request] = field(default_factory=list)
     fault: Callable[[Request], Answer | None] = lambda request: None
     conditional: bool = True
+    _client: Any = None
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
@@ -80,15 +87,16 @@ class LoopbackS3:
 
     def client(self) -> Any:
         """A plain client, for what a test does behind our back."""
-        import boto3
+        if self._client is None:
+            import boto3  # type: ignore[import-untyped]
 
-        return boto3.client(
-            "s3",
-            endpoint_url=self.url,
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
-            region_name="us-east-1",
-        )
+            keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+            self._client = boto3.client("s3", endpoint_url=self.url, **keys)
+        return self._client
+
+    def reset(self) -> None:
+        """Forget every bucket, as moto does when it is asked."""
+        urlopen(HttpRequest(f"{self.url}/moto-api/reset", method="POST"), timeout=10).close()
 
     def keys(self, bucket: str) -> list[str]:
         """Every key of a bucket."""
