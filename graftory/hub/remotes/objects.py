@@ -117,8 +117,8 @@ class ObjectRemote:
                 self._check_writable()
             for entry in record.files:
                 self._keep(record, entry, blobs, progress)
-            if not there and not self._bucket.create(_record_key(record.name, record.version), record.source):
-                self._holds(record)
+            if not there:
+                self._commit(record)
 
     def aliases(self, name: str) -> Mapping[str, int]:
         """See `Remote`."""
@@ -165,7 +165,7 @@ class ObjectRemote:
             if ObjectRemote(outer[0]).is_hub():
                 raise RemoteError(f"{self.address}: lies inside the hub {outer[0].address}; push to that one")
             count += 1
-        if not self._bucket.is_empty():
+        if not self._bucket.is_empty() and not self.is_hub():  # another first push may have come between
             raise RemoteError(f"{self.address}: holds other things than a hub; give an empty prefix or a new one")
         self._check_writable()
         self._known = True
@@ -191,6 +191,11 @@ class ObjectRemote:
             self._bucket = self._bucket.alone()
             self._bucket.create(MARKER, pretty(_MARK))
         self._writable = True
+
+    def _commit(self, record: Record) -> None:
+        key = _record_key(record.name, record.version)
+        if not self._bucket.create(key, record.source) and not self._holds(record):
+            raise RemoteError(f"{self.address}/{key}: vanished while it was looked at; somebody deletes it, push again")
 
     def _holds(self, record: Record) -> bool:
         there = self._read(record.name, record.version)
