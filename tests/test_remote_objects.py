@@ -169,6 +169,28 @@ def test_only_what_is_missing_travels(s3: LoopbackS3, hub: Hub, other: Hub) -> N
     assert not [request for request in s3.requests if "blobs" in request.path]
 
 
+def test_requests_of_each_operation(s3: LoopbackS3, hub: Hub, other: Hub) -> None:
+    """The costs that docs/remotes/objects.md states."""
+    for seed in (0, 1, 2):
+        hub.put("trec", lora(seed=seed))
+    hub.push("trec@1", HOME)
+    assert s3.counts() == {"GET": 3, "HEAD": 3, "LIST": 4, "PUT": 5}
+    hub.push("trec@2", HOME)  # its configuration is there; no aliases: s3fs asks twice more
+    assert s3.counts() == {"GET": 2, "HEAD": 3, "LIST": 2, "PUT": 3}
+    hub.set_alias("trec", "prod", 3)
+    hub.push("trec@3", HOME)
+    s3.counts()
+    hub.push("trec@3", HOME)
+    assert s3.counts() == {"GET": 3, "HEAD": 2, "LIST": 1}
+    SignatureStore(hub.root / ".hub").add("trec", 3, "ab" * 16, b"signed")
+    hub.push("trec@3", HOME)
+    assert s3.counts() == {"GET": 3, "HEAD": 3, "LIST": 3, "PUT": 2}
+    other.pull(f"{HOME}/trec@3")
+    assert s3.counts() == {"GET": 6, "LIST": 2}
+    other.listing(HOME)
+    assert s3.counts() == {"GET": 1, "LIST": 1}
+
+
 def test_progress_ends_at_the_size_and_large_files_go_in_parts(
     s3: LoopbackS3, hub: Hub, other: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
