@@ -139,7 +139,7 @@ class Bucket:
         address = check_address(address)
         scheme = address.partition("://")[0]
         kind = KINDS[scheme]
-        from fsspec import filesystem  # type: ignore[import-untyped]
+        from fsspec import filesystem
 
         try:
             with in_our_words(address):
@@ -224,7 +224,7 @@ class Bucket:
 
     def upload(self, key: str, path: Path, sha256: str, progress: Callable[[int], None]) -> None:
         """Put a file there, in parts if it is large. The object appears at once, when all of it is there."""
-        from fsspec.callbacks import Callback  # type: ignore[import-untyped]
+        from fsspec.callbacks import Callback
 
         def report(_size: int, value: int, **_: object) -> None:
             if value:
