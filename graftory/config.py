@@ -30,6 +30,8 @@ class AdapterConfig:
     method: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
     """Names of a method's tensors at one site, behind the module path."""
+    trained_by: ClassVar[str] = "train"
+    """The command that makes it: `train` from rows alone, `compose` on top of other adapters."""
 
     targets: tuple[str, ...] = ()
     """Sites. Before creation: group names of the architecture table (empty = the method's default);
@@ -111,7 +113,92 @@ class BottleneckConfig(AdapterConfig):
         return self.size_pattern.get(path, self.size)
 
 
-CONFIGS: Mapping[str, type[AdapterConfig]] = {kind.method: kind for kind in (LoraConfig, BottleneckConfig)}
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComposedConfig(AdapterConfig):
+    """A module that `hub compose` trains. It knows the shapes of all its tensors but the head's."""
+
+    parts: ClassVar[tuple[str, ...]] = ()
+    trained_by: ClassVar[str] = "compose"
+
+    def tensor_shapes(self) -> Mapping[str, Shape]:
+        """Shape of every tensor but the head's, by its name in `Adapter.tensors`."""
+        raise NotImplementedError
+
+
+Track = Literal["lora", "serial", "parallel"]
+"""Where an update joins the base: on a linear layer, on the residual stream, beside the FFN."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionPlace:
+    """One place where sources are fused."""
+
+    path: str
+    """The module, by its explicit path."""
+    track: Track
+    """How the sources sit there: `lora`, `serial` (houlsby, pfeiffer) or `parallel`."""
+    inputs: int
+    """Width of what the sources and the query read."""
+    outputs: int
+    """Width of what the sources add."""
+    sources: tuple[int, ...]
+    """Which sources sit here, by their position among the composed parents, ascending."""
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shapes of the tensors at this place, by their names behind the path."""
+        wide, square = (self.outputs, self.inputs), (self.outputs, self.outputs)
+        shapes = {"query.weight": wide, "query.bias": (self.outputs,), "key.weight": square, "value.weight": square}
+        return {f"fusion_{self.track}_{part}": shape for part, shape in shapes.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionConfig(ComposedConfig):
+    """AdapterFusion (Pfeiffer et al. 2021, arXiv:2005.00247): attention over the outputs of several adapters."""
+
+    method: ClassVar[str] = "fusion"
+
+    dropout: float = option("dropout on the attention's logits while training", 0.0)
+    regularisation: float = option("factor on the sum of |V - I|^2 that is added to the loss", 0.01)
+    places: tuple[FusionPlace, ...] = ()
+    """Where what is fused; filled in from the sources."""
+    sources: int = 0
+    """How many adapters it works on: its parents of relation `composed`, in order."""
+
+    def __post_init__(self) -> None:
+        _check_rate("dropout", self.dropout)
+        if not (math.isfinite(self.regularisation) and self.regularisation >= 0):
+            raise ConfigError(f"regularisation: got {self.regularisation}, wanted a finite number of 0 or more")
+        for place in self.places:
+            self._check_place(place)
+        names = [(place.path, place.track) for place in self.places]
+        if len(set(names)) != len(names):
+            raise ConfigError("places: the same path and track twice; wanted each once")
+
+    def _check_place(self, place: FusionPlace) -> None:
+        ordered = list(place.sources) == sorted(set(place.sources))
+        if not place.sources or not ordered or place.sources[0] < 0 or place.sources[-1] >= self.sources:
+            raise ConfigError(
+                f"places: {place.path} has the sources {list(place.sources)}, wanted one or more of 0 to "
+                f"{self.sources - 1}, ascending"
+            )
+        if place.path not in self.targets or min(place.inputs, place.outputs) < 1:
+            raise ConfigError(f"places: {place.path} is no target, or is {place.inputs} x {place.outputs} wide")
+
+    def at(self, path: str) -> tuple[FusionPlace, ...]:
+        """The places at one module."""
+        return tuple(place for place in self.places if place.path == path)
+
+    def tensor_shapes(self) -> Mapping[str, Shape]:
+        """See `ComposedConfig`."""
+        return {f"{place.path}.{part}": shape for place in self.places for part, shape in place.shapes().items()}
+
+
+CONFIGS: Mapping[str, type[AdapterConfig]] = {
+    kind.method: kind for kind in (LoraConfig, BottleneckConfig, FusionConfig)
+}
 """Every method that can be stored, by name."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
     from graftory.hub import Hub, Record
 
 
-@click.command("train", cls=MethodCommand, methods=lambda: CONFIGS, default_method="lora", settings=TrainSettings)
+def methods() -> Mapping[str, type[AdapterConfig]]:
+    """The methods that rows alone train; the others are of `hub compose`."""
+    return {name: kind for name, kind in CONFIGS.items() if kind.trained_by == "train"}
+
+
+@click.command("train", cls=MethodCommand, methods=methods, default_method="lora", settings=TrainSettings)
 @click.argument("task_source", metavar="TASK")
 @click.option("--base", help="The base model: a hub id, a folder, or wheel:NAME. Needed unless --continue is given.")
 @click.option("--name", help="Name of the adapter in the hub. [default: the task's name]")
@@ -114,7 +120,7 @@ def starting_point(
     Raises:
         ConfigError: If there is no base, or an option would change a continued adapter.
     """
-    given = given_parameters(method, CONFIGS, TrainSettings)
+    given = given_parameters(method, methods(), TrainSettings)
     if continued is None:
         if base is None:
             raise ConfigError("no base model; pass --base: a hub id, a folder, or wheel:minilm")

@@ -5,13 +5,14 @@ A codec sees only the bytes of its own fixed file names, so nothing in an adapte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Set
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Protocol
 
 from graftory.adapter import Adapter, AdapterSpec
-from graftory.config import AdapterConfig, BottleneckConfig, LoraConfig
+from graftory.config import AdapterConfig, BottleneckConfig, FusionConfig, LoraConfig
 from graftory.errors import CorruptAdapterError, DataError, UnsupportedAdapterError
+from graftory.hub.codecs.composed import ComposedCodec
 from graftory.hub.codecs.native import NativeCodec
 from graftory.hub.codecs.peft import PeftCodec
 from graftory.hub.records import TensorEntry
@@ -56,7 +57,13 @@ class Codec(Protocol):
         """The tensors of checked files, under their names in `Adapter.tensors`."""
 
 
-CODECS: Mapping[type[AdapterConfig], Codec] = {LoraConfig: PeftCodec(), BottleneckConfig: NativeCodec()}
+_COMPOSED = ComposedCodec()
+
+CODECS: Mapping[type[AdapterConfig], Codec] = {
+    LoraConfig: PeftCodec(),
+    BottleneckConfig: NativeCodec(),
+    FusionConfig: _COMPOSED,
+}
 """The codec of every method."""
 
 
@@ -94,24 +101,28 @@ def codec_of_folder(folder: Path) -> Codec:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder that holds the adapter's files")
+    try:
+        found = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); give a folder that you may read") from None
     for codec in CODECS.values():
-        if (folder / codec.file_names[0]).is_file():
-            _check_complete(folder, codec)
+        if codec.file_names[0] in found:
+            _check_complete(folder, codec, found)
             return codec
-    _refuse_pickles(folder)
+    _refuse_pickles(folder, found)
     wanted = " or ".join(codec.file_names[0] for codec in CODECS.values())
     raise CorruptAdapterError(f"{folder}: no adapter here; wanted {wanted}")
 
 
-def _check_complete(folder: Path, codec: Codec) -> None:
-    missing = [name for name in codec.file_names if not (folder / name).is_file()]
+def _check_complete(folder: Path, codec: Codec, found: Set[str]) -> None:
+    missing = [name for name in codec.file_names if name not in found]
     if missing:
-        _refuse_pickles(folder)
+        _refuse_pickles(folder, found)
         raise CorruptAdapterError(f"{folder}: {missing[0]} is missing; copy the whole adapter")
 
 
-def _refuse_pickles(folder: Path) -> None:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+def _refuse_pickles(folder: Path, found: Set[str]) -> None:
+    pickles = sorted(name for name in found if PurePath(name).suffix.lower() in _PICKLES)
     if pickles:
         raise UnsupportedAdapterError(
             f"{folder / pickles[0]}: a pickle can run code and is never opened; convert it yourself with "

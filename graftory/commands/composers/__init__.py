@@ -1,0 +1,1 @@
+"""The subcommands of `hub compose`, one module each."""
