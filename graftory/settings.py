@@ -35,3 +35,14 @@ class TrainSettings:
             raise ConfigError(f"warmup: got {self.warmup}, wanted a share of 0 or more and less than 1")
         if self.weight_decay < 0:
             raise ConfigError(f"weight_decay: got {self.weight_decay}, wanted 0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionSettings(TrainSettings):
+    """How an AdapterFusion is trained: the paper's recipe, with a higher learning rate for small encoders and few rows.
+
+    The paper: AdamW, learning rate 5e-5, at most 10 epochs, batches of 16 to 64, on BERT-base.
+    """
+
+    epochs: float = option("passes over the training rows", 5.0)
+    learning_rate: float = option("highest learning rate (the paper's, for BERT-base, is 5e-5)", 1e-3)

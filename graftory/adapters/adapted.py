@@ -124,6 +124,16 @@ class AdaptedModel(nn.Module):
         for entry in self._entries.values():
             self._parameters_of(entry.slot, requires_grad=entry.slot in slots)
 
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """The live weights of an attached adapter but its head's, by their names in `Adapter.tensors`."""
+        entry = self._entry(name)
+        sites = [(self._site(key), path) for key, path in entry.sites]
+        return {f"{path}.{part}": site.get(entry.slot, part) for site, path in sites for part in site.parts(entry.slot)}
+
+    def slot_of(self, name: str) -> str:
+        """The slot that sites keep an attached adapter's weights in."""
+        return self._entry(name).slot
+
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that learn."""
         return [weight for weight in self.parameters() if weight.requires_grad]
@@ -150,9 +160,8 @@ class AdaptedModel(nn.Module):
         return self.model
 
     def _put_body(self, entry: _Entry, adapter: Adapter) -> _Entry:
-        config = adapter.spec.config
-        method = METHODS[config.method]
-        for path in config.targets:
+        method = METHODS[adapter.spec.config.method]
+        for path, config in method.places(adapter.spec.config):
             found, _ = module_at(self.model, path)
             site = method.site(self.model, found, id(self), config)
             # ModuleDict keys hold no dots

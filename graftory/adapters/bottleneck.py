@@ -10,7 +10,8 @@ taken before its dropout (AdapterHub takes it behind); in evaluation they are th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from graftory.adapter import Adapter
 from graftory.adapters.architectures import Architecture, matching, module_at, need_architecture
+from graftory.adapters.fusion_math import Source
+from graftory.adapters.fusion_site import FusableSite, named
 from graftory.adapters.method import Method
 from graftory.adapters.route import Route, Selection
-from graftory.adapters.site import Site
-from graftory.config import BottleneckConfig, Placement
+from graftory.config import Activation, BottleneckConfig, Placement
 from graftory.errors import UnsupportedAdapterError
 from graftory.kernels import batched_bottleneck
 from graftory.kernels.shapes import stack_padded
@@ -31,7 +34,7 @@ from graftory.kernels.shapes import stack_padded
 DOWN, DOWN_BIAS, UP, UP_BIAS = BottleneckConfig.parts
 
 
-class BottleneckSite(Site[BottleneckConfig]):
+class BottleneckSite(FusableSite[BottleneckConfig]):
     """Bottleneck weights at one site: D [size, d], c [size], U [d, size], e [d] of each adapter."""
 
     def __init__(self, model: PreTrainedModel, path: str, owner: int) -> None:
@@ -43,25 +46,39 @@ class BottleneckSite(Site[BottleneckConfig]):
         size, width = config.size_of(path), self.width
         return {DOWN: (size, width), DOWN_BIAS: (size,), UP: (width, size), UP_BIAS: (width,)}
 
+    def widths(self) -> tuple[int, int]:
+        """See `FusableSite.widths`."""
+        return self.width, self.width
+
+    def source(self, adapter: Adapter, path: str) -> Source:
+        """See `FusableSite.source`: s (U act(D u + c) + e), without dropout."""
+        config = adapter.spec.config
+        assert isinstance(config, BottleneckConfig)
+        down, down_bias, up, up_bias = named(adapter.tensors, path, (DOWN, DOWN_BIAS, UP, UP_BIAS))
+        return Source(down, up, config.scale, down_bias, up_bias, _activation(config.activation))
+
     def install(self, model: PreTrainedModel) -> None:
         """Read and change what the module returns."""
         del model
         self.handles.append(self.module.register_forward_hook(self._hook))
 
     def select(self, x: Tensor) -> list[tuple[Route, Selection]]:
-        """The entries for this site, one selection per activation and per dropout rate in use."""
+        """The entries for this site, one selection per activation and per dropout rate in use, and per fusion."""
         route = self.route()
         if route is None:
             return []
         kinds: dict[tuple[str, float], list[str]] = {}
         for slot, config in self.configs.items():
             kinds.setdefault((config.activation, config.dropout), []).append(slot)
-        picked = [(route, route.select(slots, x)) for slots in kinds.values()]
-        return [(route, selection) for route, selection in picked if selection is not None]
+        picked = [route.select(slots, x) for slots in kinds.values()]
+        plain = [selection for selection in picked if selection is not None]
+        return [(route, selection) for selection in (*plain, *self.fused_selections(route, x))]
 
     def update(self, x: Tensor, selection: Selection) -> Tensor:
-        """What the adapters add, for inputs [entries, ..., d]."""
+        """What the adapters, or a fusion, add, for inputs [entries, ..., d]."""
         slots = selection.slots
+        if slots[0] in self.fusions:
+            return self.fused_update(x, selection)
         config = self.configs[slots[0]]
         act = ACT2FN[config.activation]
         rate = config.dropout if self.training else 0.0
@@ -129,6 +146,13 @@ class ParallelSite(BottleneckSite):
         for _route, selection in self.select(x):
             changed = selection.add(changed, self.update(selection.take(x), selection))
         return changed
+
+
+@cache
+def _activation(name: Activation) -> Callable[[Tensor], Tensor]:
+    """One object a name, so that neighbours of one activation are seen to have it in common."""
+    act: Callable[[Tensor], Tensor] = ACT2FN[name]
+    return act
 
 
 def _all_rows(x: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ from graftory.adapters.architectures import (
     matching,
     module_at,
 )
+from graftory.adapters.fusion_math import Source
+from graftory.adapters.fusion_site import FusableSite, named
 from graftory.adapters.method import Method
-from graftory.adapters.site import Site
+from graftory.adapters.route import Selection
 from graftory.config import LoraConfig
 from graftory.errors import UnsupportedAdapterError
 from graftory.kernels import batched_lora
@@ -30,7 +32,7 @@ from graftory.kernels.shapes import stack_padded
 A, B = LoraConfig.parts
 
 
-class LoraSite(Site[LoraConfig]):
+class LoraSite(FusableSite[LoraConfig]):
     """LoRA weights at one linear layer: A [r, d_in], B [d_out, r] of each adapter."""
 
     def __init__(self, model: PreTrainedModel, path: str, owner: int) -> None:
@@ -47,27 +49,48 @@ class LoraSite(Site[LoraConfig]):
         rank = config.rank_of(path)
         return {A: (rank, inputs), B: (outputs, rank)}
 
+    def widths(self) -> tuple[int, int]:
+        """See `FusableSite.widths`."""
+        return linear_widths(self.module)
+
+    def source(self, adapter: Adapter, path: str) -> Source:
+        """See `FusableSite.source`: s B A x, without dropout."""
+        config = adapter.spec.config
+        assert isinstance(config, LoraConfig)
+        a, b = named(adapter.tensors, path, (A, B))
+        return Source(a, b, config.scale_of(path))
+
     def put(self, slot: str, config: LoraConfig, path: str, adapter: Adapter) -> None:
         """See `Site.put`; the scale is kept per slot, because adapters may spell the path in two ways."""
         super().put(slot, config, path, adapter)
-        self.scales[slot] = config.scale_of(path)
+        if slot in self.configs:
+            self.scales[slot] = config.scale_of(path)
 
     def drop(self, slot: str) -> None:
         """See `Site.drop`."""
         super().drop(slot)
-        del self.scales[slot]
+        self.scales.pop(slot, None)
 
     def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         route = self.route()
-        selection = route.select(list(self.configs), args[0]) if route else None
-        if selection is None:
+        if route is None:
             return None
+        changed = output
+        selection = route.select(list(self.configs), args[0])
+        if selection is not None:
+            changed = selection.add(changed, self._update(args[0], selection))
+        for selection in self.fused_selections(route, args[0]):
+            changed = selection.add(changed, self.fused_update(selection.take(args[0]), selection))
+        return None if changed is output else changed
+
+    def _update(self, inputs: Tensor, selection: Selection) -> Tensor:
+        """What the plain adapters add to their rows of the inputs."""
         slots = selection.slots
         a = stack_padded([self.get(slot, A) for slot in slots], dim=0)
         b = stack_padded([self.get(slot, B) for slot in slots], dim=1)
         scale = torch.tensor([self.scales[slot] for slot in slots], device=a.device)
-        x = self._drop_out(selection.take(args[0]), slots, selection.index)
-        return selection.add(output, batched_lora(x, a, b, scale, selection.index))
+        x = self._drop_out(selection.take(inputs), slots, selection.index)
+        return batched_lora(x, a, b, scale, selection.index)
 
     def _drop_out(self, x: Tensor, slots: tuple[str, ...], index: Tensor) -> Tensor:
         """Each row's inputs dropped at its own adapter's rate while training."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,11 @@ from transformers import PreTrainedModel
 
 from graftory.adapters.site import Site
 from graftory.config import AdapterConfig
+
+
+def targets_of(config: AdapterConfig) -> Iterable[tuple[str, AdapterConfig]]:
+    """A site at each target, with the whole configuration."""
+    return ((path, config) for path in config.targets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +35,5 @@ class Method:
     """The explicit module paths that a configuration means on a model."""
     initial: Callable[[PreTrainedModel, str, Any, torch.Generator], dict[str, Tensor]]
     """Fresh tensors for one path, by part."""
+    places: Callable[[Any], Iterable[tuple[str, AdapterConfig]]] = targets_of
+    """Where a configuration's tensors are: a site for each path, with the part of the configuration it is for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -71,13 +71,25 @@ class Site(nn.Module, ABC, Generic[C]):
         """
         parameters = nn.ParameterDict()
         for part, shape in self.shapes(config, path).items():
-            tensor = adapter.tensors.get(f"{path}.{part}")
-            if tensor is None or tuple(tensor.shape) != shape:
-                got = "nothing" if tensor is None else str(tuple(tensor.shape))
-                raise ShapeError(f"{path}.{part}: got {got}, wanted {shape} for this base and configuration")
-            parameters[_key(part)] = nn.Parameter(tensor.detach().to(self.device()).clone())
+            parameters[_key(part)] = self.fitting(adapter, path, part, shape)
         self.weights[slot] = parameters
         self.configs[slot] = config
+
+    def fitting(self, adapter: Adapter, path: str, part: str, shape: tuple[int, ...]) -> nn.Parameter:
+        """A copy of one tensor of an adapter, where the base is.
+
+        Raises:
+            ShapeError: If it is missing or has another shape.
+        """
+        tensor = adapter.tensors.get(f"{path}.{part}")
+        if tensor is None or tuple(tensor.shape) != shape:
+            got = "nothing" if tensor is None else str(tuple(tensor.shape))
+            raise ShapeError(f"{path}.{part}: got {got}, wanted {shape} for this base and configuration")
+        return nn.Parameter(tensor.detach().to(self.device()).clone())
+
+    def parts(self, slot: str) -> Sequence[str]:
+        """The names of an adapter's tensors here, behind the path."""
+        return self.configs[slot].parts
 
     def drop(self, slot: str) -> None:
         """Remove an adapter's weights."""
@@ -85,7 +97,7 @@ class Site(nn.Module, ABC, Generic[C]):
 
     def tensors(self, slot: str, path: str) -> dict[str, Tensor]:
         """Copies of an adapter's weights, on the CPU, under its own spelling of the path."""
-        return {f"{path}.{part}": self.get(slot, part).detach().cpu().clone() for part in self.configs[slot].parts}
+        return {f"{path}.{part}": self.get(slot, part).detach().cpu().clone() for part in self.parts(slot)}
 
     def get(self, slot: str, part: str) -> Tensor:
         """One weight of one adapter."""

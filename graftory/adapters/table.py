@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from graftory.adapters.bottleneck import BOTTLENECK
+from graftory.adapters.fusion import FUSION
 from graftory.adapters.lora import LORA
 from graftory.adapters.method import Method
 
-METHODS: Mapping[str, Method] = {method.name: method for method in (LORA, BOTTLENECK)}
+METHODS: Mapping[str, Method] = {method.name: method for method in (LORA, BOTTLENECK, FUSION)}
 """Every method that can be attached, by name."""

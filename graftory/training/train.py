@@ -97,7 +97,7 @@ def _start(loaded: LoadedBase, task: TaskFile, rows: Rows, config: AdapterConfig
     kept = init.tensors if same else init.body_tensors()
     # the base is init's, so that attaching it notices a wrong one
     spec = replace(fresh.spec, base=init.spec.base, config=init.spec.config, licence=init.spec.licence)
-    return Adapter(spec, {**fresh.tensors, **kept})
+    return Adapter(spec, {**fresh.tensors, **kept}, init.sources)
 
 
 def _arguments(settings: TrainSettings, folder: Path, *, keep: bool) -> TrainingArguments:
@@ -147,8 +147,9 @@ def _claim(folder: Path, adapter: Adapter, rows: Rows, settings: TrainSettings) 
         ConfigError: If it is another training's.
     """
     tensors = hashlib.sha256()
-    for key in sorted(adapter.tensors):
-        tensors.update(adapter.tensors[key].float().numpy().tobytes())
+    for each in (adapter, *adapter.sources):
+        for key in sorted(each.tensors):
+            tensors.update(each.tensors[key].float().numpy().tobytes())
     run: Json = {
         "base": adapter.spec.base.weights_hash,
         "config": config_to_json(adapter.spec.config),

@@ -53,6 +53,8 @@ class Hooks:
 
     loss_terms: tuple[LossTerm, ...] = ()
     on_gradients: tuple[GradientHook, ...] = ()
+    undecayed: tuple[str, ...] = ()
+    """Ends of the names of weights that get no weight decay."""
 
 
 NO_HOOKS = Hooks()
@@ -105,6 +107,11 @@ class AdapterTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
         return LengthSampler(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """The weights that decay: transformers' choice, without those of the hooks."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith(self.hooks.undecayed or "\n")]
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
