@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from graftory.commands.output import json_option, print_json, print_table, progress_bar
+from graftory.errors import CorruptAdapterError
 
 if TYPE_CHECKING:
-    from graftory.hub import Report
+    from graftory.hub import Hub, Problem, Report
 
 
 @click.command("verify")
@@ -34,10 +36,13 @@ def command(
     key_paths: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Check a hub: every byte of every version, its records, aliases and index.
+    """Check a hub: every byte of every version, its records, signatures, aliases and index.
 
     With REF only these versions. Everything that is wrong is listed with what to do about it; the exit
-    code is 1 then. Leftovers of a crash are not wrong: see hub gc.
+    code is 1 then. Leftovers of a crash are not wrong: see hub gc. Others may use the hub meanwhile.
+
+    --rebuild mends the index and nothing else: bytes that are damaged must come from another hub. Without
+    --key a signature is checked for its form and its version only.
 
     \b
     Example:
@@ -50,15 +55,27 @@ def command(
 
     hub = Hub.open(context.obj)
     keys = [load_public_key(path.expanduser()) for path in key_paths]
-    if rebuild:
-        hub.rebuild_index()
+    refused = rebuilt(hub) if rebuild else ()
     with progress_bar("hashing") as progress:
         report = hub.verify(refs, complete=complete, keys=keys, progress=progress)
+    report = replace(report, problems=(*refused, *report.problems))
     if as_json:
         print_json({"ok": report.ok, "report": report})
     else:
         print_report(report)
     context.exit(0 if report.ok else 1)
+
+
+def rebuilt(hub: Hub) -> tuple[Problem, ...]:
+    """Make the index anew; a record or log that does not permit it is a problem like others."""
+    from graftory.hub import Problem
+
+    try:
+        hub.rebuild_index()
+    except CorruptAdapterError as error:
+        remedy = "do what is said below of this file, then hub verify --rebuild again"
+        return (Problem(None, "registry.json", f"was not made anew: {error}", remedy),)
+    return ()
 
 
 def print_report(report: Report) -> None:
@@ -72,7 +89,10 @@ def print_report(report: Report) -> None:
         click.echo(f"{ref} is signed by {key[:16]}")
     click.echo(f"checked {report.versions} versions, {report.files} files, {report.size:,} bytes")
     if report.leftovers:
-        click.echo(f"{report.leftovers} files are needed by no version; hub gc removes them")
+        size = sum(item.size for item in report.leftovers)
+        click.echo(f"{len(report.leftovers)} files of {size:,} bytes are left over; hub gc removes them")
+    for note in report.notes:
+        click.echo(f"note: {note.ref or note.where}: {note.what}")
     if report.ok:
         click.echo("nothing is wrong")
         return

@@ -5,9 +5,9 @@ from graftory.hub.gc import Collected
 from graftory.hub.hub import Hub
 from graftory.hub.index import IndexRow
 from graftory.hub.records import FileEntry, Record, TensorEntry
+from graftory.hub.report import Problem, Report
 from graftory.hub.signing import Signed
 from graftory.hub.transfer import Delivery
-from graftory.hub.verify import Problem, Report
 
 __all__ = [
     "Collected",

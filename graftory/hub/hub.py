@@ -11,6 +11,7 @@ from graftory.errors import ConfigError
 from graftory.hub.base_check import base_shapes, check_fits
 from graftory.hub.codecs import codec_of
 from graftory.hub.codecs.tensors import check_finite
+from graftory.hub.contents import check_file_names
 from graftory.hub.depot import Depot
 from graftory.hub.diff import Difference, diff
 from graftory.hub.folders import read_folder, write_folder
@@ -24,10 +25,11 @@ from graftory.hub.named import resolve_address
 from graftory.hub.records import Record
 from graftory.hub.remotes.addresses import open_remote, split_remote_ref
 from graftory.hub.remotes.base import Foreign, Progress, silent
+from graftory.hub.report import Report
 from graftory.hub.resolve import resolve
 from graftory.hub.signing import Signed, sign
 from graftory.hub.transfer import Delivery, receive, send
-from graftory.hub.verify import Report, verify
+from graftory.hub.verify import verify
 
 if TYPE_CHECKING:
     import networkx
@@ -361,4 +363,5 @@ class Hub:
         return lineage_graph(self._depot, self.record(ref))
 
     def _files(self, record: Record) -> dict[str, memoryview]:
+        check_file_names(record)
         return {e.path: self._depot.blobs.map(e.sha256, f"{record.ref} {e.path}") for e in record.files}

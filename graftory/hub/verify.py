@@ -6,71 +6,32 @@ to do about it. Nothing is locked while bytes are hashed, so others may write me
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from graftory.adapter import AdapterRef
+from graftory.adapter import AdapterRef, Parent
 from graftory.errors import CorruptAdapterError, GraftoryError
-from graftory.hub import index, pending
+from graftory.hub.codecs import codec_of
 from graftory.hub.completeness import Gap, gaps
-from graftory.hub.contents import check_contents, check_file_names
+from graftory.hub.contents import check_file_names
 from graftory.hub.depot import Depot
-from graftory.hub.files import sha256_of
-from graftory.hub.records import Record, is_name
+from graftory.hub.files import map_file
+from graftory.hub.gc import Removed, strays
+from graftory.hub.hashes import Hashes
+from graftory.hub.hub_checks import check_aliases, check_index, leftovers
+from graftory.hub.records import FileEntry, Record
 from graftory.hub.remotes.base import Progress, silent
+from graftory.hub.report import PULL, Problem, Report, below, cause
 from graftory.hub.resolve import resolve
+from graftory.hub.signature_form import fault_of
 
 if TYPE_CHECKING:
     from graftory.hub.keys import PublicKey
 
-_PULL = "pull it again from another hub"
-_REBUILD = "hub verify --rebuild makes it anew"
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that is wrong.
-
-    Attributes:
-        ref: The version it concerns; None if it concerns the hub.
-        where: The file, below the hub's root.
-        what: What is wrong.
-        remedy: What to do.
-    """
-
-    ref: str | None
-    where: str
-    what: str
-    remedy: str
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a verification found.
-
-    Attributes:
-        versions: Versions looked at.
-        files: Files hashed, each once.
-        size: Bytes of these files.
-        problems: What is wrong; empty if all is well.
-        leftovers: Blobs that no version needs; hub gc removes them.
-        gaps: What is not recorded, by version; None if it was not asked for.
-        signed: The key of the signature found, by version; None if no keys were given.
-    """
-
-    versions: int
-    files: int
-    size: int
-    problems: tuple[Problem, ...]
-    leftovers: int
-    gaps: Mapping[str, tuple[Gap, ...]] | None = None
-    signed: Mapping[str, str] | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.problems
+_AHEAD = 8
+"""Versions whose files are being hashed while the tensors of an earlier one are checked."""
 
 
 def verify(
@@ -93,170 +54,195 @@ def verify(
     Raises:
         AdapterNotFoundError: If a reference names nothing here.
     """
-    chosen = [resolve(depot, ref) for ref in refs]
-    wanted = chosen or [
-        AdapterRef(name, version=v) for name in depot.records.names() for v in depot.records.versions(name)
-    ]
-    problems: list[Problem] = []
-    records = _records(depot, wanted, problems)
-    blobs = _Blobs(depot, records, progress)
-    for record in records:
-        problems += _contents(depot, record, blobs)
-        problems += _parents(depot, record)
-    signed = _signed(depot, records, keys, problems) if keys else None
+    found = _Found()
+    wanted = _chosen(depot, refs, found.problems) if refs else _all(depot)
+    total = _size_of(depot, wanted if refs else ())
+    with Hashes(depot.blobs, total, progress) as hashes:
+        for record in _ahead(_records(depot, wanted, found), hashes):
+            found.problems += _contents(depot, record, hashes)
+            found.problems += _signatures(depot, record)
+            if complete:
+                found.gaps[str(record.ref)] = gaps(record)
+            if keys:
+                _signed(depot, record, keys, found)
+    _parents(depot, found, whole=not refs)
+    left: tuple[Removed, ...] = ()
     if not refs:
-        problems += [*_aliases(depot), *_index(depot)]
+        found.problems += [*check_aliases(depot), *check_index(depot)]
+        found.notes += [
+            Problem(None, below(depot, path), "is no file of a hub", "remove it if nobody needs it")
+            for path in strays(depot)
+        ]
+        left = leftovers(depot, found.needs)
     return Report(
         versions=len(wanted),
-        files=len(blobs.hashes),
-        size=blobs.done,
-        problems=tuple(problems),
-        leftovers=0 if refs else _leftovers(depot, records, problems),
-        gaps={str(record.ref): gaps(record) for record in records} if complete else None,
-        signed=signed,
+        files=hashes.files,
+        size=hashes.done,
+        problems=tuple(found.problems),
+        notes=tuple(found.notes),
+        leftovers=left,
+        gaps=found.gaps if complete else None,
+        signed=found.signed if keys else None,
     )
 
 
-class _Blobs:
-    """The hashes of the blobs of some records, each computed once, when it is asked for."""
+@dataclass(slots=True)
+class _Found:
+    """What has been seen so far; of a record only what is needed later, as a hub may hold very many."""
 
-    def __init__(self, depot: Depot, records: Iterable[Record], progress: Progress) -> None:
-        self.depot, self.progress = depot, progress
-        self.total = sum({entry.sha256: entry.size for record in records for entry in record.files}.values())
-        self.done = 0
-        self.hashes: dict[str, str | None] = {}
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[Problem] = field(default_factory=list)
+    gaps: dict[str, tuple[Gap, ...]] = field(default_factory=dict)
+    signed: dict[str, str] = field(default_factory=dict)
+    needs: dict[AdapterRef, frozenset[str]] = field(default_factory=dict)
+    digests: set[str] = field(default_factory=set)
+    parents: list[tuple[AdapterRef, Parent]] = field(default_factory=list)
 
-    def hash_of(self, sha256: str, what: str) -> str | None:
-        """The hash that a blob has; None if it is not there."""
-        if sha256 not in self.hashes:
-            path = self.depot.blobs.path(sha256)
-            try:
-                self.hashes[sha256] = sha256_of(path)
-                self.done += path.stat().st_size
-            except FileNotFoundError:
-                self.hashes[sha256] = None
-            self.progress(what, self.done, self.total)
-        return self.hashes[sha256]
+    def see(self, record: Record) -> None:
+        """Remember what is needed of a record."""
+        self.needs[record.ref] = frozenset(entry.sha256 for entry in record.files)
+        self.digests.add(record.digest)
+        self.parents += [(record.ref, parent) for parent in record.spec.lineage.parents]
 
 
-def _records(depot: Depot, refs: Iterable[AdapterRef], problems: list[Problem]) -> list[Record]:
-    """The records that can be read; the others become problems."""
-    records = []
+def _all(depot: Depot) -> list[AdapterRef]:
+    return [AdapterRef(name, version=v) for name in depot.records.names() for v in depot.records.versions(name)]
+
+
+def _chosen(depot: Depot, refs: Iterable[str | AdapterRef], problems: list[Problem]) -> list[AdapterRef]:
+    """The versions that references mean; a damaged file on the way is a problem."""
+    chosen: dict[AdapterRef, None] = {}
     for ref in refs:
-        path = depot.records.path(ref.name, ref.version or 0)
+        try:
+            chosen[resolve(depot, ref)] = None
+        except CorruptAdapterError as error:  # noqa: PERF203 (each is judged alone)
+            problems.append(Problem(str(ref), depot.folder.name, cause(error), "hub verify tells all that is wrong"))
+    return list(chosen)
+
+
+def _size_of(depot: Depot, refs: Sequence[AdapterRef]) -> int:
+    """About how many bytes there are to hash: of some versions, or of everything."""
+    hashes = set() if refs else set(depot.blobs.all())
+    for ref in refs:
+        try:
+            hashes.update(entry.sha256 for entry in depot.records.read(ref.name, ref.version or 0).files)
+        except (GraftoryError, OSError):  # noqa: PERF203 (told of when the version's turn comes)
+            continue
+    return sum(_size(depot, sha256) for sha256 in hashes)
+
+
+def _size(depot: Depot, sha256: str) -> int:
+    try:
+        return depot.blobs.path(sha256).stat().st_size
+    except (GraftoryError, OSError):
+        return 0
+
+
+def _records(depot: Depot, refs: Iterable[AdapterRef], found: _Found) -> Iterator[Record]:
+    """The records that can be read; the others become problems."""
+    for ref in refs:
         try:
             record = depot.records.read(ref.name, ref.version or 0)
             check_file_names(record)
-        except (GraftoryError, OSError) as error:
-            problems.append(Problem(str(ref), _below(depot, path), _cause(error), _PULL))
+            for entry in record.files:
+                depot.blobs.path(entry.sha256)
+        except (GraftoryError, OSError) as error:  # noqa: PERF203 (each is judged alone)
+            where = below(depot, depot.records.path(ref.name, ref.version or 0))
+            found.problems.append(Problem(str(ref), where, cause(error), PULL))
         else:
-            records.append(record)
-    return records
+            found.see(record)
+            yield record
 
 
-def _contents(depot: Depot, record: Record, blobs: _Blobs) -> Iterator[Problem]:
+def _ahead(records: Iterator[Record], hashes: Hashes) -> Iterator[Record]:
+    """The same records, a few of them held back while their files are being hashed."""
+    waiting: deque[Record] = deque()
+    for record in records:
+        for entry in record.files:
+            hashes.begin(entry.sha256, f"{record.ref} {entry.path}")
+        waiting.append(record)
+        if len(waiting) > _AHEAD:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _contents(depot: Depot, record: Record, hashes: Hashes) -> Iterator[Problem]:
     """Whether the files are there, are the recorded ones, and hold what the record lists."""
-    sound = True
-    for entry in record.files:
-        got = blobs.hash_of(entry.sha256, f"{record.ref} {entry.path}")
-        if got != entry.sha256:
-            sound = False
-            what = "is missing" if got is None else f"has sha256:{got[:12]}…, recorded is sha256:{entry.sha256[:12]}…"
-            where = _below(depot, depot.blobs.path(entry.sha256))
-            yield Problem(str(record.ref), where, f"{entry.path} {what}", _PULL)
-    if sound:
-        try:
-            files = {entry.path: depot.blobs.map(entry.sha256, str(record.ref)) for entry in record.files}
-            check_contents(record, files, allow_nonfinite=True)
-        except GraftoryError as error:
-            path = depot.records.path(record.name, record.version)
-            yield Problem(str(record.ref), _below(depot, path), _cause(error), _PULL)
+    faults = [(entry, _fault(entry, hashes)) for entry in record.files]
+    for entry, fault in faults:
+        if fault is not None:
+            where = below(depot, depot.blobs.path(entry.sha256))
+            yield Problem(str(record.ref), where, f"{entry.path} {fault}", PULL)
+    if any(fault for _, fault in faults):
+        return
+    where = below(depot, depot.records.path(record.name, record.version))
+    try:
+        files = {entry.path: map_file(depot.blobs.path(entry.sha256)) for entry in record.files}
+        tensors = codec_of(record.spec).check(files, record.spec)
+    except (GraftoryError, OSError) as error:
+        yield Problem(str(record.ref), where, cause(error), PULL)
+    else:
+        if tensors != record.tensors:
+            yield Problem(str(record.ref), where, "lists other tensors than its files hold; it is forged", PULL)
 
 
-def _parents(depot: Depot, record: Record) -> Iterator[Problem]:
-    """Whether the adapters that it is composed of are here; it does not work without them."""
-    for parent in record.spec.lineage.parents:
-        if parent.relation != "composed":
-            continue
-        try:
-            found = depot.records.find(parent.digest, parent.ref.partition("@")[0])
-        except CorruptAdapterError:
-            continue  # a damaged record is a problem of its own
-        if found is None:
-            where = _below(depot, depot.records.path(record.name, record.version))
-            yield Problem(
-                str(record.ref), where, f"it is composed of {parent.ref}, which is not here", f"pull {parent.ref}"
-            )
+def _fault(entry: FileEntry, hashes: Hashes) -> str | None:
+    """What is wrong with the bytes of a file."""
+    try:
+        got, size = hashes.begin(entry.sha256, entry.path).result()
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if got != entry.sha256:
+        return f"has sha256:{got[:12]}…, recorded is sha256:{entry.sha256[:12]}…"
+    return None if size == entry.size else f"has {size} bytes, recorded are {entry.size}; the record is forged"
 
 
-def _signed(
-    depot: Depot, records: Iterable[Record], keys: Sequence[PublicKey], problems: list[Problem]
-) -> dict[str, str]:
+def _signatures(depot: Depot, record: Record) -> Iterator[Problem]:
+    """Whether the signatures have the form of one and are of this version; only a key tells whether they are good."""
+    home = depot.folder / "signatures" / record.name / str(record.version)
+    try:
+        found = depot.signatures.of(record.name, record.version)
+    except OSError as error:
+        yield Problem(str(record.ref), below(depot, home), cause(error), "mend the disk, or remove it")
+        return
+    for key_id, data in found.items():
+        fault = fault_of(record, key_id, data)
+        if fault is not None:
+            where = below(depot, home / f"{key_id}.json")
+            yield Problem(str(record.ref), where, fault, "remove it, then pull the version again from its author")
+
+
+def _signed(depot: Depot, record: Record, keys: Sequence[PublicKey], found: _Found) -> None:
+    """Whether one of the keys signed the version."""
     from graftory.hub.signing import check_signature
 
-    signed = {}
-    for record in records:
-        try:
-            signed[str(record.ref)] = check_signature(depot, record, keys).key
-        except GraftoryError as error:  # noqa: PERF203 (each version is judged alone)
-            where = f".hub/signatures/{record.name}/{record.version}"
-            problems.append(Problem(str(record.ref), where, _cause(error), "get it from its author again"))
-    return signed
-
-
-def _aliases(depot: Depot) -> Iterator[Problem]:
-    """Whether the logs can be read and mean versions that are here."""
-    home = depot.folder / "aliases"
-    for path in sorted(home.rglob("*.jsonl")):
-        name = path.relative_to(home).with_suffix("").as_posix()
-        where = _below(depot, path)
-        if not is_name(name):
-            yield Problem(None, where, "its name is no adapter's", "remove it")
-            continue
-        try:
-            moves = depot.aliases.log(name)
-        except (GraftoryError, OSError) as error:
-            yield Problem(None, where, _cause(error), "remove the damaged line, then hub verify --rebuild")
-            continue
-        missing = sorted({move.version for move in moves} - set(depot.records.versions(name)))
-        if missing:
-            yield Problem(None, where, f"an alias means {name}@{missing[0]}, which is not here", _PULL)
-
-
-def _index(depot: Depot) -> Iterator[Problem]:
-    """Whether `registry.json` is what the records and alias logs make; looked at again under the lock."""
-    if _index_is_right(depot):
-        return
-    with depot.lock():
-        if pending.read(depot.pending_path) != ():
-            return  # a writer was broken off: readers know which rows are old, and the next writer mends them
-        try:
-            right = _index_is_right(depot)
-        except (GraftoryError, OSError):
-            return
-    if not right:
-        yield Problem(None, depot.index_path.name, "is not what the records and alias logs make", _REBUILD)
-
-
-def _index_is_right(depot: Depot) -> bool:
     try:
-        wanted = index.index_bytes(index.make_index(depot.records, depot.aliases))
-    except CorruptAdapterError:
-        return True  # it cannot be known; the damaged record or log is a problem of its own
-    return depot.index_path.is_file() and depot.index_path.read_bytes() == wanted
+        found.signed[str(record.ref)] = check_signature(depot, record, keys).key
+    except (GraftoryError, OSError) as error:
+        where = f".hub/signatures/{record.name}/{record.version}"
+        found.problems.append(Problem(str(record.ref), where, cause(error), "get it from its author again"))
 
 
-def _leftovers(depot: Depot, records: Iterable[Record], problems: Sequence[Problem]) -> int:
-    if any(problem.ref and problem.where.startswith(".hub/records") for problem in problems):
-        return 0  # a record that cannot be read may need them
-    needed = {entry.sha256 for record in records for entry in record.files}
-    return sum(sha256 not in needed for sha256 in depot.blobs.all())
-
-
-def _below(depot: Depot, path: object) -> str:
-    text = str(path)
-    return text.removeprefix(str(depot.root)).lstrip("/\\").replace("\\", "/")
-
-
-def _cause(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _parents(depot: Depot, found: _Found, *, whole: bool) -> None:
+    """Whether the adapters are here that others were made from; those that one is composed of it needs."""
+    missing = [(ref, parent) for ref, parent in found.parents if parent.digest not in found.digests]
+    if missing and whole:  # it may have come while bytes were hashed
+        for late in (ref for ref in _all(depot) if ref not in found.needs):
+            try:
+                found.see(depot.records.read(late.name, late.version or 0))
+            except (GraftoryError, OSError):  # noqa: PERF203 (a problem of its own)
+                continue
+    for ref, parent in missing:
+        where = below(depot, depot.records.path(ref.name, ref.version or 0))
+        try:
+            name = parent.ref.partition("@")[0]
+            here = parent.digest in found.digests or (not whole and depot.records.find(parent.digest, name) is not None)
+            what = f"{parent.relation} of {parent.ref}, which is not here"
+        except (GraftoryError, OSError) as error:
+            here, what = False, f"{parent.relation} of {parent.ref}, which cannot be looked up: {cause(error)}"
+        if not here and parent.relation == "composed":
+            found.problems.append(Problem(str(ref), where, f"it is {what}", f"pull {parent.ref}"))
+        elif not here:
+            found.notes.append(Problem(str(ref), where, f"it is {what}", "nothing; it works without"))
