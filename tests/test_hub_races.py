@@ -18,10 +18,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Adapters as folders, so that the processes need no torch."""
     home = tmp_path_factory.mktemp("folders")
     hub = Hub.create(home / "hub")
-    return [hub.materialize(hub.put("x", lora(seed)), home / str(seed)) for seed in range(16)]
+    return [hub.materialize(hub.put("x", lora(seed)), home / str(seed)) for seed in range(12)]
 
 
-@pytest.mark.parametrize(("kind", "count", "rounds"), [("push", 2, 20), ("add", 2, 20), ("push", 8, 2)])
+@pytest.mark.parametrize(("kind", "count", "rounds"), [("push", 2, 20), ("add", 2, 10), ("push", 8, 2)])
 def test_of_several_writers_of_a_version_one_wins(
     folders: list[Path], tmp_path: Path, kind: str, count: int, rounds: int
 ) -> None:
@@ -94,5 +94,5 @@ def test_readers_see_what_the_records_say(folders: list[Path], tmp_path: Path) -
     )
     assert written == len(folders) - 1
     assert wrong == []
-    assert looks > 10
+    assert looks > 5
     assert hub.verify().ok
