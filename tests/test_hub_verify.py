@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 from click.testing import CliRunner
@@ -18,7 +19,7 @@ from graftory.hub import Hub
 from graftory.hub.depot import Depot
 from graftory.hub.keys import create_key, load_private_key, load_public_key
 from graftory.hub.records import Record
-from tests.hub_samples import bottleneck, lora
+from tests.hub_samples import bottleneck, lora, same
 
 
 @pytest.fixture
@@ -145,7 +146,7 @@ def swap_files(hub: Hub) -> None:
         (edit_index, None, "registry.json", "records and alias logs"),
         (flip_index, None, "registry.json", "records and alias logs"),
         (folder_for_blob, "a@2", ".hub/blobs/sha256/", "cannot be read"),
-        (forge_size, "a@2", ".hub/blobs/sha256/", "recorded are"),
+        (forge_size, "a@2", ".hub/records/a/2.json", "recorded are"),
         (forge_tensors, "a@2", ".hub/records/a/2.json", "other tensors"),
         (swap_files, "a@2", ".hub/records/a/2.json", "other tensors"),
         (lose_index, None, "registry.json", "is missing"),
@@ -160,6 +161,22 @@ def test_damage_is_found(hub: Hub, damage: Callable[[Hub], None], ref: str | Non
     assert what in problem.what
     assert problem.remedy
     assert "org/b@1" not in {each.ref for each in report.problems}, "the rest of the hub is sound"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [remove_blob, truncate_blob, flip_blob, folder_for_blob, flip_record, forge_size, forge_tensors, swap_files],
+)
+def test_the_remedy_helps(hub: Hub, tmp_path: Path, damage: Callable[[Hub], None]) -> None:
+    copytree(hub.root, tmp_path / "good")
+    damage(hub)
+    problem = hub.verify().problems[0]
+    if "put this file aside" in problem.remedy:
+        (hub.root / problem.where).rename(tmp_path / "aside")
+    assert "pull the version again from another hub" in problem.remedy
+    hub.pull(f"{(tmp_path / 'good').as_uri()}/{problem.ref}")
+    assert hub.verify().problems == ()
+    assert same(hub.get("a@2"), lora(1))
 
 
 def test_all_problems_are_found_at_once(hub: Hub) -> None:
@@ -249,7 +266,7 @@ def test_the_command(hub: Hub) -> None:
     code, output = run(hub, "verify")
     assert code == 1
     assert "a@2" in output
-    assert "pull it again" in output
+    assert "pull the version again" in output
     code, output = run(hub, "verify", "--json")
     found = json.loads(output)
     assert (code, found["ok"], found["report"]["problems"][0]["ref"]) == (1, False, "a@2")

@@ -36,13 +36,13 @@ def command(
     key_paths: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Check a hub: every byte of every version, its records, signatures, aliases and index.
+    """Check a hub: every byte of every version, its records, aliases and index.
 
     With REF only these versions. Everything that is wrong is listed with what to do about it; the exit
     code is 1 then. Leftovers of a crash are not wrong: see hub gc. Others may use the hub meanwhile.
 
     --rebuild mends the index and nothing else: bytes that are damaged must come from another hub. Without
-    --key a signature is checked for its form and its version only.
+    --key a signature is only checked for its form and for being of its version.
 
     \b
     Example:

@@ -10,7 +10,8 @@ from graftory.hub.completeness import Gap
 from graftory.hub.depot import Depot
 from graftory.hub.gc import Removed
 
-PULL = "pull it again from another hub"
+PULL = "pull the version again from another hub"
+PUT_ASIDE = "put this file aside, then pull the version again from another hub"
 
 
 @dataclass(frozen=True, slots=True)

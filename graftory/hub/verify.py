@@ -23,7 +23,7 @@ from graftory.hub.hashes import Hashes
 from graftory.hub.hub_checks import check_aliases, check_index, leftovers
 from graftory.hub.records import FileEntry, Record
 from graftory.hub.remotes.base import Progress, silent
-from graftory.hub.report import PULL, Problem, Report, below, cause
+from graftory.hub.report import PULL, PUT_ASIDE, Problem, Report, below, cause
 from graftory.hub.resolve import resolve
 from graftory.hub.signature_form import fault_of
 
@@ -148,7 +148,7 @@ def _records(depot: Depot, refs: Iterable[AdapterRef], found: _Found) -> Iterato
                 depot.blobs.path(entry.sha256)
         except (GraftoryError, OSError) as error:  # noqa: PERF203 (each is judged alone)
             where = below(depot, depot.records.path(ref.name, ref.version or 0))
-            found.problems.append(Problem(str(ref), where, cause(error), PULL))
+            found.problems.append(Problem(str(ref), where, cause(error), PUT_ASIDE))
         else:
             found.see(record)
             yield record
@@ -168,35 +168,38 @@ def _ahead(records: Iterator[Record], hashes: Hashes) -> Iterator[Record]:
 
 def _contents(depot: Depot, record: Record, hashes: Hashes) -> Iterator[Problem]:
     """Whether the files are there, are the recorded ones, and hold what the record lists."""
-    faults = [(entry, _fault(entry, hashes)) for entry in record.files]
-    for entry, fault in faults:
-        if fault is not None:
-            where = below(depot, depot.blobs.path(entry.sha256))
-            yield Problem(str(record.ref), where, f"{entry.path} {fault}", PULL)
-    if any(fault for _, fault in faults):
+    faults = [_fault(depot, record, entry, hashes) for entry in record.files]
+    yield from (fault for fault in faults if fault is not None)
+    if any(faults):
         return
     where = below(depot, depot.records.path(record.name, record.version))
     try:
         files = {entry.path: map_file(depot.blobs.path(entry.sha256)) for entry in record.files}
         tensors = codec_of(record.spec).check(files, record.spec)
     except (GraftoryError, OSError) as error:
-        yield Problem(str(record.ref), where, cause(error), PULL)
+        yield Problem(str(record.ref), where, cause(error), PUT_ASIDE)
     else:
         if tensors != record.tensors:
-            yield Problem(str(record.ref), where, "lists other tensors than its files hold; it is forged", PULL)
+            yield Problem(str(record.ref), where, "lists other tensors than its files hold; it is forged", PUT_ASIDE)
 
 
-def _fault(entry: FileEntry, hashes: Hashes) -> str | None:
+def _fault(depot: Depot, record: Record, entry: FileEntry, hashes: Hashes) -> Problem | None:
     """What is wrong with the bytes of a file."""
+    ref, path = str(record.ref), depot.blobs.path(entry.sha256)
     try:
         got, size = hashes.begin(entry.sha256, entry.path).result()
     except FileNotFoundError:
-        return "is missing"
+        return Problem(ref, below(depot, path), f"{entry.path} is missing", PULL)
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        return Problem(ref, below(depot, path), f"{entry.path} cannot be read ({error.strerror})", PUT_ASIDE)
     if got != entry.sha256:
-        return f"has sha256:{got[:12]}…, recorded is sha256:{entry.sha256[:12]}…"
-    return None if size == entry.size else f"has {size} bytes, recorded are {entry.size}; the record is forged"
+        what = f"{entry.path} has sha256:{got[:12]}…, recorded is sha256:{entry.sha256[:12]}…"
+        return Problem(ref, below(depot, path), what, PULL)
+    if size != entry.size:
+        where = below(depot, depot.records.path(record.name, record.version))
+        what = f"{entry.path} has {size} bytes, recorded are {entry.size}; the record is forged"
+        return Problem(ref, where, what, PUT_ASIDE)
+    return None
 
 
 def _signatures(depot: Depot, record: Record) -> Iterator[Problem]:
