@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, str] = {
     "sign": "Sign an adapter, its files and everything it was made from.",
     "keygen": "Make a key to sign adapters with.",
     "merge": "Make one adapter out of several.",
+    "compose": "Train a module on top of several adapters.",
     "continual": "Learn tasks one after another, and report what was forgotten.",
     "export": "Fold an adapter into its base and save one plain model.",
     "demo": "See all of it on real tasks, in a few minutes.",

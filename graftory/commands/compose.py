@@ -7,7 +7,11 @@ from importlib import import_module
 
 import click
 
-SUBCOMMANDS: Mapping[str, str] = {}
+SUBCOMMANDS: Mapping[str, str] = {
+    "fusion": "Attend over the outputs of several adapters (AdapterFusion).",
+    "attention": "Show which adapters a fusion attends to.",
+    "leave-one-out": "Measure a fusion without each of its parents.",
+}
 """Each is `command` in the module of its name (- as _) in `graftory.commands.composers`; its help begins with this."""
 
 
