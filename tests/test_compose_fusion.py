@@ -53,6 +53,10 @@ def fused_in(hub: Hub, loaded: LoadedBase, **options: Any) -> Adapter:
     return fuse(loaded, kind, tiny_rows("classification"), adapters, settings=settings, parents=listed, **options)
 
 
+def loras_meet(weights: tuple[float | None, ...]) -> bool:
+    return weights[0] is not None and weights[2] is not None
+
+
 def values_of(adapter: Adapter) -> Mapping[str, torch.Tensor]:
     return {key: value for key, value in adapter.tensors.items() if key.endswith("_value.weight")}
 
@@ -207,6 +211,9 @@ def test_attention_is_a_mean_over_real_tokens_and_sums_to_one(loaded: LoadedBase
         assert tuple(n for n, weight in enumerate(place.weights) if weight is not None) == wanted.sources
     assert max(max(filter(None, place.weights)) for place in table.places if None in place.weights) > 0.55
     assert len(set(table.labels())) == len(table.places)
+    shared = [place.weights for place in table.places if loras_meet(place.weights)]
+    assert table.mean()[0] == pytest.approx(sum(weights[0] or 0.0 for weights in shared) / len(shared))
+    assert table.mean()[1] is None  # the bottleneck meets no LoRA
     assert draw_attention([table, table]).startswith(b"\x89PNG")
 
 

@@ -45,8 +45,9 @@ class AttentionTable:
     places: tuple[PlaceAttention, ...]
 
     def mean(self) -> tuple[float | None, ...]:
-        """The mean over the places where a source sits, for each source."""
-        columns = [[place.weights[n] for place in self.places] for n in range(len(self.sources))]
+        """The mean over the places where a source meets others, for each source; None if it is alone everywhere."""
+        met = [place.weights for place in self.places if sum(weight is not None for weight in place.weights) > 1]
+        columns = [[weights[n] for weights in met] for n in range(len(self.sources))]
         present = [[weight for weight in column if weight is not None] for column in columns]
         return tuple(sum(weights) / len(weights) if weights else None for weights in present)
 
