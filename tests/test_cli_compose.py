@@ -48,6 +48,7 @@ def test_the_fusion_is_a_version_with_parents(root: Path) -> None:
     parameters = record.spec.lineage.parameters
     assert (parameters["method"], parameters["regularisation"], parameters["epochs"]) == ("fusion", 0.02, 1.0)
     assert record.spec.metrics[0].name == "accuracy"
+    assert "places=6, sources=2" in run(root, "show", "fused").output
     log = run(root, "log", "fused").output
     assert "low@1" in log
     assert "neck@1" in log

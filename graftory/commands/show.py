@@ -76,4 +76,9 @@ def print_metrics(metrics: tuple[Metric, ...]) -> None:
 
 def _pairs(values: object) -> str:
     items = values.items() if isinstance(values, dict) else ()
-    return ", ".join(f"{key}={value}" for key, value in items if value is not None)
+    return ", ".join(f"{key}={_brief(value)}" for key, value in items if value is not None)
+
+
+def _brief(value: object) -> object:
+    """A list of objects by how many they are; `--json` has them all."""
+    return len(value) if isinstance(value, list) and any(isinstance(item, dict) for item in value) else value
