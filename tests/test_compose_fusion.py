@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from graftory import Adapter, BottleneckConfig, Hub, LoraConfig, Parent, attach
+from graftory.adapter import TaskKind
 from graftory.adapters.fusion_site import watched
 from graftory.compose import export, merge
 from graftory.compose.attention import AttentionRecorder, attention, draw_attention
@@ -215,6 +216,28 @@ def test_attention_is_a_mean_over_real_tokens_and_sums_to_one(loaded: LoadedBase
     assert table.mean()[0] == pytest.approx(sum(weights[0] or 0.0 for weights in shared) / len(shared))
     assert table.mean()[1] is None  # the bottleneck meets no LoRA
     assert draw_attention([table, table]).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "seq2seq"])
+def test_language_models_fuse_and_padding_does_not_count(kind: TaskKind, tmp_path: Path) -> None:
+    base, task, rows = tiny_base(kind, tmp_path), tiny_task(kind), tiny_rows(kind, rows=12)
+    lengths = tuple(str(target) + " w1 w2 w3"[: 3 * (n % 4)] for n, target in enumerate(rows.targets))
+    rows = replace(rows, targets=lengths)
+    sources = [
+        make(base.model, config, seed=seed)
+        for seed, config in enumerate(
+            (LoraConfig(), LoraConfig(targets=("all",)), BottleneckConfig(), BottleneckConfig(size=3))
+        )
+    ]
+    start, fused = (
+        fuse(base, task, rows, sources, settings=replace(QUICK, learning_rate=rate)) for rate in (1e-9, 1e-2)
+    )
+    first, last = evaluate(base, [Job("start", start, None, task, rows), Job("fused", fused, None, task, rows)])
+    assert last[0].value < 0.9 * first[0].value
+    many, alone = (attention(base, fused, task, rows, batch_size=size) for size in (12, 1))
+    assert any(max(filter(None, place.weights)) > 0.55 for place in many.places if None not in place.weights[2:])
+    for place, wanted in zip(many.places, alone.places, strict=True):
+        assert place.weights == pytest.approx(wanted.weights, abs=1e-5)
 
 
 def test_attention_of_rows_that_use_other_adapters_is_not_counted() -> None:

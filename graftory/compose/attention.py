@@ -17,7 +17,7 @@ from graftory.config import FusionConfig, FusionPlace
 from graftory.data import Rows, TaskFile
 from graftory.errors import UnsupportedAdapterError
 from graftory.training import LoadedBase
-from graftory.training.encode import Collator, encode
+from graftory.training.encode import IGNORED, Collator, encode
 from graftory.training.losses import model_inputs
 
 if TYPE_CHECKING:
@@ -67,11 +67,13 @@ class AttentionRecorder:
     """Sums up the attention of fusions; use it with `watched(recorder)` around forward passes.
 
     Attributes:
-        mask: 1 for the tokens to count, [rows, length]; None, or another length, counts all.
+        mask: 1 for the tokens to count, [rows, length]; None counts all.
+        decoder_mask: The same for what the decoder of an encoder-decoder model reads.
     """
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
+        self.decoder_mask: Tensor | None = None
         self._sums: dict[tuple[int, str, str, str], Tensor] = {}
         self._counts: dict[tuple[int, str, str, str], float] = {}
 
@@ -79,10 +81,10 @@ class AttentionRecorder:
         """See `Watcher`."""
         flat = weights.reshape(-1, weights.shape[-1]).double()
         counted = torch.ones(len(flat), dtype=torch.float64, device=flat.device)
-        if self.mask is not None:
-            mask = self.mask if rows is None else self.mask.index_select(0, rows)
-            if mask.shape == weights.shape[:-1]:
-                counted = mask.reshape(-1).double()
+        mask = self.decoder_mask if _reads_decoder(place.path) and self.decoder_mask is not None else self.mask
+        if mask is not None:
+            mask = mask if rows is None else mask.index_select(0, rows)
+            counted = mask.reshape(-1).double()
         key = (owner, slot, place.path, place.track)
         self._sums[key] = self._sums.get(key, torch.zeros(())) + counted @ flat
         self._counts[key] = self._counts.get(key, 0.0) + float(counted.sum())
@@ -137,11 +139,17 @@ def attention(
                 batch = collator(examples[start : start + batch_size])
                 moved = {key: value.to(loaded.model.device) for key, value in batch.items()}
                 recorder.mask = moved["attention_mask"]
+                recorder.decoder_mask = moved["labels"].ne(IGNORED) if task.kind == "seq2seq" else None
                 adapted(**model_inputs(task.kind, moved))
         places = recorder.mean(adapted, "fusion")
     finally:
         adapted.detach()
     return AttentionTable(task.name, len(rows), tuple(names) or source_names(fusion), places)
+
+
+def _reads_decoder(path: str) -> bool:
+    """Whether a module reads the decoder's tokens: keys and values of cross-attention read the encoder's."""
+    return "decoder" in path.split(".") and not path.endswith(("EncDecAttention.k", "EncDecAttention.v"))
 
 
 def source_names(fusion: Adapter) -> tuple[str, ...]:
