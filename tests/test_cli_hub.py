@@ -257,8 +257,9 @@ def test_merge_is_the_weighted_sum_of_updates_and_is_in_the_log(run: Run, root: 
             config.scale_of(path) * adapter.tensors[f"{path}.lora_B.weight"] @ adapter.tensors[f"{path}.lora_A.weight"]
         )
         torch.testing.assert_close(got, wanted)
-    tree = as_json(run("log", "both", "--json"))
-    assert [(parent["ref"], parent["relation"], parent["weight"]) for parent in tree["parents"]] == [
+    family = as_json(run("log", "both", "--json"))
+    names = {node["digest"]: node["ref"] for node in family["nodes"]}
+    assert [(names[edge["parent"]], edge["relation"], edge["weight"]) for edge in family["edges"]] == [
         ("one@1", "merged", 0.25),
         ("two@1", "merged", 2.0),
     ]

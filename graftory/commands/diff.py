@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from graftory.commands.output import json_option, print_json, print_table, working
+from graftory.hub.printable import printable, shortened
 from graftory.schema import Json
 
 if TYPE_CHECKING:
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
 _SHOWN = 12
 """Rows of a table that are shown without --all."""
 _WIDE = 44
-"""Most characters of a value in a table."""
+"""Most characters of a value in a table without --all."""
+_SECTIONS = ("base", "config", "task", "lineage", "metrics", "licence")
 
 
 @click.command("diff")
 @click.argument("left")
 @click.argument("right")
-@click.option("--all", "everything", is_flag=True, help="Show every row, not the largest changes alone.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Show every row and whole values, not the largest changes alone."
+)
 @json_option
 @click.pass_obj
 def command(registry: str | None, left: str, right: str, everything: bool, as_json: bool) -> None:
@@ -54,11 +58,19 @@ def command(registry: str | None, left: str, right: str, everything: bool, as_js
 def print_difference(found: Difference, limit: int | None) -> None:
     """Tables of what differs, each with at most `limit` rows."""
     columns = (found.left, found.right)
-    print_rows(("recorded", *columns), [(row.field, text(row.left), text(row.right)) for row in found.fields], None)
+    width = _WIDE if limit is not None else None
+    fields = sorted(found.fields, key=lambda row: _SECTIONS.index(row.field.partition(".")[0]))
+    print_rows(
+        ("recorded", *columns), [(printable(row.field), *cells(row.left, row.right, width)) for row in fields], None
+    )
     print_rows(
         ("metric", *columns, "difference"),
         [
-            (f"{row.name} on {row.data} ({row.split})", *map(number, (row.left, row.right)), signed(row.difference))
+            (
+                printable(f"{row.name} on {row.data} ({row.split})"),
+                *map(number, (row.left, row.right)),
+                signed(row.difference),
+            )
             for row in found.metrics
         ],
         None,
@@ -66,7 +78,7 @@ def print_difference(found: Difference, limit: int | None) -> None:
     print_rows(
         ("update s B A", "ranks", "|A|", "|B|", "|A-B|", "relative", "cosine"),
         [
-            (row.module or "all modules", f"{row.left_rank} {row.right_rank}", *numbers(row.change))
+            (printable(row.module) or "all modules", f"{row.left_rank} {row.right_rank}", *numbers(row.change))
             for row in found.updates
         ],
         limit,
@@ -74,7 +86,7 @@ def print_difference(found: Difference, limit: int | None) -> None:
     print_rows(
         ("tensor", "|A|", "|B|", "|A-B|", "relative", "cosine"),
         [
-            (row.name, *(numbers(row.change) if row.change else shapes(row.left.shape, row.right.shape)))
+            (printable(row.name), *(numbers(row.change) if row.change else shapes(row.left.shape, row.right.shape)))
             for row in found.tensors
         ],
         limit,
@@ -97,7 +109,7 @@ def print_names(title: str, names: Sequence[str], limit: int | None) -> None:
     if names:
         click.secho(title, bold=True)
         for name in names[:limit]:
-            click.echo(name)
+            click.echo(printable(name))
         print_rest(len(names), limit)
         click.echo()
 
@@ -128,16 +140,38 @@ def signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.4g}"
 
 
+def cells(left: Json, right: Json, width: int | None) -> tuple[str, str]:
+    """Two recorded values that differ, short; of long lists what only one of them has."""
+    whole = text(left), text(right)
+    if whole[0] == whole[1]:  # the same parents by name, with other digests
+        whole = str(left), str(right)
+    elif width is not None and max(map(len, whole)) > width and isinstance(left, list) and isinstance(right, list):
+        return alone(left, right, width), alone(right, left, width)
+    if width is None or max(map(len, whole)) <= width:
+        return whole
+    common = next((number for number, (a, b) in enumerate(zip(*whole, strict=False)) if a != b), 0)
+    begin = max(0, common - width // 2)  # so that the difference is seen
+    before, after = (shortened(f"…{cell[begin:]}" if begin else cell, width) for cell in whole)
+    return before, after
+
+
+def alone(values: list[Json], others: list[Json], width: int) -> str:
+    """How many values there are, and those that the other list lacks."""
+    own = ", ".join(item_text(value) for value in values if value not in others)
+    same = "in another order" if sorted(map(str, values)) == sorted(map(str, others)) else "none of its own"
+    return shortened(f"{len(values)}: {own or same}" if len(values) else "-", width)
+
+
 def text(value: Json) -> str:
-    """A recorded value, short."""
+    """A recorded value on one line."""
     if value is None or value in ([], {}):
         return "-"
-    if isinstance(value, list):
-        plain = ", ".join(item["ref"] if isinstance(item, dict) and "ref" in item else str(item) for item in value)
-        return plain if len(plain) <= _WIDE else f"{len(value)}: {shortened(plain, _WIDE - 6)}"
-    return shortened(str(value), _WIDE)
+    return ", ".join(map(item_text, value)) if isinstance(value, list) else item_text(value)
 
 
-def shortened(plain: str, width: int) -> str:
-    """The beginning of a text that is too long."""
-    return plain if len(plain) <= width else f"{plain[: width - 1]}…"
+def item_text(value: Json) -> str:
+    """One value; a parent by reference, relation and weight."""
+    if isinstance(value, dict) and "ref" in value:
+        parts = (value["ref"], value.get("relation"), value.get("weight"))
+        return printable(" ".join(str(part) for part in parts if part is not None))
+    return printable(str(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +11,8 @@ import click
 from graftory.adapter import Metric
 from graftory.commands.output import json_option, print_json, print_table
 from graftory.config import config_to_json
+from graftory.hub.printable import printable
+from graftory.schema import Json, encode
 
 if TYPE_CHECKING:
     from graftory.hub import Record
@@ -22,23 +25,53 @@ if TYPE_CHECKING:
 def command(registry: str | None, ref: str, as_json: bool) -> None:
     """Show everything that is recorded about an adapter.
 
+    And the aliases that mean it, the keys that signed it, and what its record does not say.
+
     \b
     Example:
       hub show trec
       hub show trec@1 --json
     """
     from graftory.hub import Hub
-    from graftory.hub.records import record_to_json
 
-    record = Hub.open(registry).record(ref)
+    hub = Hub.open(registry)
+    record = hub.record(ref)
+    aliases = [alias for alias, version in hub.aliases(record.name).items() if version == record.version]
+    signatures = hub.signatures(record.ref)
     if as_json:
-        print_json(record_to_json(record))
+        print_json(everything(record, aliases, signatures))
         return
-    for name, value in facts(record):
-        click.echo(f"{click.style(name.ljust(10), bold=True)}  {value}")
+    for name, value in [*facts(record), *standing(record, aliases, signatures)]:
+        click.echo(f"{click.style(name.ljust(10), bold=True)}  {printable(value)}")
     if record.spec.metrics:
         click.echo()
         print_metrics(record.spec.metrics)
+
+
+def everything(record: Record, aliases: Sequence[str], signatures: Sequence[str]) -> Json:
+    """The record, with what is known beside it and what it lacks."""
+    from graftory.hub.completeness import completeness
+    from graftory.hub.records import record_to_json
+
+    fields = record_to_json(record)
+    known = completeness(record)
+    gaps = {"known": known.known, "wanted": known.wanted, "gaps": encode(known.gaps)}
+    return {**fields, "completeness": gaps, "aliases": list(aliases), "signatures": list(signatures)}
+
+
+def standing(record: Record, aliases: Sequence[str], signatures: Sequence[str]) -> list[tuple[str, str]]:
+    """What is said of a version elsewhere, and how much of what is wanted its record says."""
+    from graftory.hub.completeness import completeness
+
+    known = completeness(record)
+    missing = ", ".join(gap.field for gap in known.gaps)
+    how = f"; missing: {missing} (how to fill it: hub verify {record.ref} --complete)" if missing else ""
+    rows = [("licence", record.spec.licence or "not recorded")]
+    if aliases:
+        rows.append(("aliases", ", ".join(f"{record.name}:{alias}" for alias in aliases)))
+    rows += [("signed by", f"{key[:16]}  (unchecked; hub verify {record.ref} --key FILE)") for key in signatures]
+    rows.append(("record", f"{known.known} of {known.wanted} facts known{how}"))
+    return rows
 
 
 def facts(record: Record) -> list[tuple[str, str]]:
@@ -70,7 +103,10 @@ def print_metrics(metrics: tuple[Metric, ...]) -> None:
     """A table of measured numbers."""
     print_table(
         ("metric", "value", "data", "split", "rows"),
-        [(row.name, f"{row.value:.4f}", row.data, row.split, str(row.n)) for row in metrics],
+        [
+            (printable(row.name), f"{row.value:.4f}", printable(row.data), printable(row.split), str(row.n))
+            for row in metrics
+        ],
     )
 
 
