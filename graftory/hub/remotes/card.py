@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import yaml
 
-from graftory.adapter import Metric, TaskInfo, TaskKind
-from graftory.config import LoraConfig, config_to_json
-from graftory.hub.completeness import gaps
+from graftory.adapter import AdapterSpec, TaskInfo, TaskKind
+from graftory.config import ComposedConfig, LoraConfig, config_to_json
+from graftory.hub.completeness import completeness
 from graftory.hub.records import Record
+from graftory.hub.remotes.card_text import code, is_hub_id, line, table
 from graftory.schema import Json
 
 _PIPELINES: Mapping[TaskKind, str] = {
@@ -20,169 +22,219 @@ _PIPELINES: Mapping[TaskKind, str] = {
     "seq2seq": "text2text-generation",
 }
 _IMAGES = "image-classification"
-_AUTO: Mapping[TaskKind, str] = {
-    "classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "causal_lm": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
+_AUTO: Mapping[str, str] = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    _IMAGES: "AutoModelForImageClassification",
 }
-_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-"""What the hub takes as the id of a model; `wheel:minilm` and folders are none."""
-_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_LONGEST = 300
+_KINDS: Mapping[TaskKind, str] = {
+    "classification": "classification",
+    "regression": "regression",
+    "causal_lm": "text generation",
+    "seq2seq": "text to text",
+}
+_LICENCES = """
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1
+lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl
+lgpl-lr deepfloyd-if-license llama2 gemma unknown other
+"""
+"""What the hub takes for a licence; it refuses a card with another one, unless it is called `other`."""
+_WORD = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_MARK = "<!-- Made by graftory from graftory-record.json; a card that was changed by hand is kept. sha256:{} -->\n"
+_END = re.compile(rb"<!-- Made by graftory [^<>]*sha256:([0-9a-f]{64}) -->\n\Z")
 
 
 def card(record: Record, *, repo: str) -> bytes:
     """The card of a version.
 
     Everything in it comes from the record, and whatever a person typed there is data: it cannot end the
-    header, open a tag or a code block.
+    header, open a tag or a code block. Folders of the maker's machine and what looks like a secret are left out.
 
     Args:
         record: The version.
         repo: The repository, such as `org/trec`.
     """
     header = yaml.safe_dump(_header(record), sort_keys=False, allow_unicode=True, width=1000)
-    parts = [f"---\n{header}---", f"# {_plain(record.name)}", *_body(record, repo)]
-    return ("\n\n".join(part for part in parts if part) + "\n").encode()
+    parts = [f"---\n{header}---", f"# {record.name}", *_body(record, repo)]
+    text = "\n\n".join(parts) + "\n\n"
+    return (text + _MARK.format(hashlib.sha256(text.encode()).hexdigest())).encode()
+
+
+def is_untouched(data: bytes) -> bool:
+    """Whether a card is as `card` made it, of this version of graftory or another one; else a person wrote in it."""
+    end = _END.search(data)
+    return end is not None and hashlib.sha256(data[: end.start()]).hexdigest() == end[1].decode()
 
 
 def _header(record: Record) -> dict[str, Json]:
-    spec, task = record.spec, record.spec.task
-    images = spec.base.architecture == "vit"
-    peft = isinstance(spec.config, LoraConfig)
+    spec = record.spec
+    linked = is_hub_id(spec.base.id, with_owner=spec.base.revision is None)
     fields: dict[str, Json | None] = {
-        "license": spec.licence if spec.licence and _LICENCE.fullmatch(spec.licence) else None,
-        "base_model": spec.base.id if _MODEL_ID.fullmatch(spec.base.id) else None,
-        "base_model_relation": "adapter" if _MODEL_ID.fullmatch(spec.base.id) else None,
-        "library_name": "peft" if peft else "graftory",
-        "pipeline_tag": (_IMAGES if images else _PIPELINES[task.kind]) if task else None,
-        "tags": ["graftory", spec.method, spec.lineage.process],
-        "datasets": sorted({row.data for row in spec.metrics if _MODEL_ID.fullmatch(row.data)}) or None,
-        "metrics": sorted({row.name for row in spec.metrics}) or None,
+        **_licence(spec.licence),
+        "base_model": spec.base.id if linked else None,
+        "base_model_relation": "adapter" if linked else None,
+        "library_name": "peft" if isinstance(spec.config, LoraConfig) else "graftory",
+        "pipeline_tag": _pipeline(spec),
+        "tags": [word for word in ("graftory", "adapter", spec.method, spec.lineage.process) if _WORD.fullmatch(word)],
+        "datasets": sorted({row.data for row in spec.metrics if is_hub_id(row.data)}) or None,
+        "metrics": sorted({row.name for row in spec.metrics if _WORD.fullmatch(row.name)}) or None,
         "model-index": _results(record) or None,
     }
     return {key: value for key, value in fields.items() if value is not None}
 
 
+def _licence(name: str | None) -> dict[str, Json | None]:
+    """The licence as the hub spells it (SPDX in small letters), else `other` and its name."""
+    if not name:
+        return {}
+    plain = re.sub(r"-(?:only|or-later)$", "", name.lower())
+    return {"license": plain} if plain in _LICENCES.split() else {"license": "other", "license_name": line(name)}
+
+
+def _pipeline(spec: AdapterSpec) -> str | None:
+    if spec.task is None:
+        return None
+    return _IMAGES if spec.base.architecture == "vit" else _PIPELINES[spec.task.kind]
+
+
 def _results(record: Record) -> list[Json]:
     """The measured numbers in the hub's form."""
-    task = record.spec.task
-    kind = _PIPELINES[task.kind] if task else "other"
+    spec = record.spec
+    task = {"type": _pipeline(spec) or "other", **({"name": line(spec.task.name)} if spec.task else {})}
     results: list[Json] = [
         {
-            "task": {"type": kind, **({"name": task.name} if task else {})},
-            "dataset": {"type": row.data, "name": row.data, "split": row.split},
-            "metrics": [{"type": row.name, "name": row.name, "value": row.value, "args": {"rows": row.n}}],
+            "task": dict(task),
+            "dataset": {
+                "type": line(row.data) or "unknown",
+                "name": line(row.data) or "unknown",
+                "split": line(row.split),
+                "args": {"split": line(row.split), "rows": row.n},
+            },
+            "metrics": [{"type": line(row.name) or "unknown", "name": line(row.name), "value": row.value}],
         }
-        for row in record.spec.metrics
+        for row in spec.metrics
     ]
     return [{"name": record.name, "results": results}] if results else []
 
 
 def _body(record: Record, repo: str) -> Iterator[str]:
     spec = record.spec
-    kind = f"A {spec.method} adapter of {_code(spec.base.id)}"
-    about = f" for the task {_code(spec.task.name)} ({spec.task.kind})" if spec.task else ""
-    yield f"{kind}{about}: version {record.version}, made by {_code(spec.lineage.process)} at {_code(record.created)}."
-    yield _usage(record, repo)
+    about = f" for the task {code(spec.task.name)} ({_KINDS[spec.task.kind]})" if spec.task else ""
+    yield (
+        f"An adapter ({spec.method}) of the frozen base model {code(spec.base.id)}{about}. This is version "
+        f"{record.version}, made by {code(spec.lineage.process)}, kept with graftory."
+    )
+    yield from _usage(record, repo)
     if spec.task:
         yield from _task(spec.task)
     if spec.metrics:
         yield "## What was measured"
-        yield _metrics(spec.metrics)
+        yield table(
+            ("metric", "value", "data", "split", "rows"),
+            [(code(r.name), f"{r.value:.4f}", code(r.data), code(r.split), str(r.n)) for r in spec.metrics],
+        )
+    yield "## The adapter"
+    yield table(("", ""), _method(record))
     yield "## How it was made"
-    yield _table(("", ""), _making(record))
+    yield table(("", ""), _making(record))
     yield from _parents(record)
-    missing = gaps(record)
-    if missing:
-        yield "## What is not recorded"
-        yield "\n".join(f"- {_plain(gap.field)}" for gap in missing)
+    yield from _missing(record)
 
 
-def _usage(record: Record, repo: str) -> str:
-    lines = ["```sh", f"hub pull hf://{repo}@{record.version}", "```"]
-    task = record.spec.task
-    if isinstance(record.spec.config, LoraConfig):
-        auto = _AUTO[task.kind] if task else "AutoModel"
-        labels = f", num_labels={task.outputs}" if task and task.outputs else ""
-        base = record.spec.base.id.replace("\\", "").replace('"', "").replace("`", "")
-        lines += [
-            "",
-            "```python",
-            "from peft import PeftModel",
-            f"from transformers import {auto}",
-            "",
-            f'base = {auto}.from_pretrained("{_plain(base)}"{labels})',
-            f'model = PeftModel.from_pretrained(base, "{repo}", revision="v{record.version}")',
-            "```",
-        ]
-    return "\n".join(lines)
+def _usage(record: Record, repo: str) -> Iterator[str]:
+    spec = record.spec
+    yield "## How to use it"
+    with_parents = ", with the adapters that it is composed of" if isinstance(spec.config, ComposedConfig) else ""
+    yield f"With graftory, which checks every byte and that the base is the right one{with_parents}:"
+    answers = spec.task is not None and spec.base.architecture != "vit"
+    use = f'predict {record.name}@{record.version} "…"' if answers else f"show {record.name}@{record.version}"
+    yield f"```sh\nhub pull hf://{repo}@{record.version}\nhub {use}\n```"
+    if isinstance(spec.config, LoraConfig):
+        yield "With PEFT:"
+        yield "\n".join(_with_peft(record, repo))
+    else:
+        yield f"PEFT does not load it: it has no {spec.method} adapters of this kind."
+
+
+def _with_peft(record: Record, repo: str) -> Iterator[str]:
+    spec = record.spec
+    auto = _AUTO.get(_pipeline(spec) or "", "AutoModel")
+    known = is_hub_id(spec.base.id, with_owner=spec.base.revision is None)
+    commit = spec.base.revision or ""
+    revision = f', revision="{commit}"' if known and re.fullmatch(r"[\w.-]+", commit, re.ASCII) else ""
+    labels = f", num_labels={spec.task.outputs}" if spec.task and spec.task.outputs else ""
+    yield "```python"
+    yield "from peft import PeftModel"
+    yield f"from transformers import {auto}"
+    yield ""
+    yield f'base = {auto}.from_pretrained("{spec.base.id if known else "folder of the base model"}"{revision}{labels})'
+    yield f'model = PeftModel.from_pretrained(base, "{repo}", revision="v{record.version}")'
+    yield "```"
 
 
 def _task(task: TaskInfo) -> Iterator[str]:
     if task.labels:
         yield "## Labels"
-        yield _table(("output", "label"), [(str(number), _code(label)) for number, label in enumerate(task.labels)])
+        yield table(("output", "label"), [(str(number), code(label)) for number, label in enumerate(task.labels)])
     if task.template != "{text}":
         yield "## Prompt"
-        yield _code(task.template)
+        yield code(task.template)
 
 
-def _metrics(rows: Sequence[Metric]) -> str:
-    return _table(
-        ("metric", "value", "data", "split", "rows"),
-        [(_code(row.name), f"{row.value:.4f}", _code(row.data), _code(row.split), str(row.n)) for row in rows],
-    )
+def _method(record: Record) -> Iterator[tuple[str, str]]:
+    config = config_to_json(record.spec.config)
+    assert isinstance(config, dict)
+    for key, value in config.items():
+        if isinstance(value, list | dict):
+            if value:
+                yield code(key), f"{len(value)}: {code(', '.join(map(_said, value)))}"
+        elif value is not None:
+            yield code(key), code(str(value))
+    if record.spec.task and record.spec.task.head:
+        yield "its own head", code(", ".join(record.spec.task.head))
+    if record.spec.task:
+        yield "longest input, in tokens", str(record.spec.task.max_length)
+
+
+def _said(value: Json) -> str:
+    return str(value.get("path", "")) if isinstance(value, dict) else str(value)
 
 
 def _making(record: Record) -> Iterator[tuple[str, str]]:
     spec = record.spec
-    yield "digest", _code(record.digest)
-    config = config_to_json(spec.config)
-    for key, value in config.items() if isinstance(config, dict) else ():
-        if value not in (None, {}, []):
-            yield (
-                key,
-                f"{len(value)}: {_code(', '.join(map(str, value)))}" if isinstance(value, list) else _code(str(value)),
-            )
     facts = {
+        "digest": record.digest,
+        "recorded": record.created,
         "base revision": spec.base.revision,
-        "base weights": spec.base.weights_hash,
+        "base config fingerprint": spec.base.config_hash,
+        "base weights fingerprint": spec.base.weights_hash,
         "tokenizer": spec.base.tokenizer_hash,
-        "training rows": spec.lineage.data_hash,
-        "seed": spec.lineage.seed,
+        "licence": spec.licence,
+        "training data": spec.lineage.data_hash,
+        "training seed": spec.lineage.seed,
     }
-    for key, value in {**facts, **spec.lineage.parameters, **spec.lineage.libraries}.items():
-        if value is not None:
-            yield _plain(key), _code(str(value))
+    yield from ((key, code(str(value))) for key, value in facts.items() if value is not None)
+    for row in (spec.lineage.parameters, spec.lineage.libraries):
+        yield from ((code(key), code(str(value))) for key, value in sorted(row.items()) if value is not None)
 
 
 def _parents(record: Record) -> Iterator[str]:
     parents = record.spec.lineage.parents
     if parents:
         yield "## What it was made from"
-        rows = [
-            (_code(p.ref), p.relation, "" if p.weight is None else f"{p.weight:g}", _code(p.digest)) for p in parents
-        ]
-        yield _table(("adapter", "how", "weight", "digest"), rows)
+        rows = [(code(p.ref), p.relation, "" if p.weight is None else f"{p.weight:g}", code(p.digest)) for p in parents]
+        yield table(("adapter", "how", "weight", "digest"), rows)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _code(text: str) -> str:
-    """Text as it stands, as code in a line of a table."""
-    return f"`{_short(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
-
-
-def _plain(text: str) -> str:
-    """Text without what Markdown or HTML would make something of."""
-    return re.sub(r"[<>\[\]`*_|\\#]", " ", _short(text))
-
-
-def _short(text: str) -> str:
-    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
+def _missing(record: Record) -> Iterator[str]:
+    """What nobody wrote down, and why one would want to know."""
+    found = completeness(record)
+    if found.gaps:
+        yield "## What is not recorded"
+        yield f"The record tells {found} facts that are wanted of an adapter made this way. Missing:"
+        yield "\n".join(f"- {gap.field}: {gap.remedy.partition(';')[0]}" for gap in found.gaps)
