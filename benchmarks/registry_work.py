@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -125,9 +126,11 @@ def pull(root: Path, remote: Path, ref: str) -> float:
 
 
 def put(root: Path, seed: int) -> float:
-    """Seconds of Hub.put; torch is there already."""
+    """Seconds of Hub.put, of a process that has put something elsewhere before."""
     from graftory.hub import Hub
 
+    with tempfile.TemporaryDirectory() as elsewhere:
+        Hub.create(elsewhere).put("first", make_adapter(0))
     adapter = make_adapter(20_000_000 + seed)
     hub = Hub.open(root)
     return timed(lambda: hub.put("put", adapter))
