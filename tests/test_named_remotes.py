@@ -79,6 +79,7 @@ def test_impossible_names(depot: Depot, name: str) -> None:
     [
         "s3://user:SECRET@bucket/prefix",
         "s3://SECRET@bucket/prefix",
+        "s3://KEY:SECRET/RET@bucket/prefix",
         "s3://user%3ASECRET%40bucket/prefix",
         "https://user:SECRET@host/hub",
         "hf://user:SECRET@org/repo",

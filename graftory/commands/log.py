@@ -61,11 +61,8 @@ def command(registry: str | None, ref: str, children: bool, history: bool, pictu
 
 def print_family(hub: Hub, ref: str, children: bool, picture: Path | None, as_json: bool) -> None:
     """The family as a tree or JSON, and in a picture if one is wanted."""
-    from graftory.hub.depot import Depot
-    from graftory.hub.lineage import lineage_graph
-
     record = hub.record(ref)
-    family = lineage_graph(Depot(hub.root), record, children=children)
+    family = hub.lineage(record.ref, children=children)
     if picture is not None:
         from graftory.hub.picture import draw_family
 

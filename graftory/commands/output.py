@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from graftory.adapter import AdapterRef
+from graftory.hub.printable import printable
 from graftory.schema import Json, encode
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns under a bold head; the same text in a terminal, a pipe or a file."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for position, row in enumerate((columns, *rows)):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        line = "  ".join(printable(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         click.secho(line, bold=position == 0)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graftory.adapter import Adapter, AdapterRef, BaseModel, check_name
-from graftory.errors import ConfigError
+from graftory.errors import AdapterNotFoundError, ConfigError
 from graftory.hub.base_check import base_shapes, check_fits
 from graftory.hub.codecs import codec_of
 from graftory.hub.codecs.tensors import check_finite
@@ -104,17 +104,13 @@ class Hub:
         return self._depot.records.read(found.name, found.version or 0)
 
     def get(self, ref: str | AdapterRef) -> Adapter:
-        """The adapter that a reference means; every byte is hashed first.
+        """The adapter that a reference means, with the adapters it is composed of; every byte is hashed first.
 
         Raises:
-            AdapterNotFoundError: If it names nothing here.
+            AdapterNotFoundError: If it, or one that it is composed of, is not here.
             CorruptAdapterError: If the bytes are not the recorded ones.
         """
-        record = self.record(ref)
-        files = self._files(record)
-        codec = codec_of(record.spec)
-        codec.check(files, record.spec)
-        return Adapter(record.spec, codec.decode(files))
+        return self._adapter(self.record(ref))
 
     def put(
         self, name: str, adapter: Adapter, *, version: int | None = None, allow_nonfinite: bool = False
@@ -357,10 +353,35 @@ class Hub:
         """
         self._depot.move_alias(name, alias, version)
 
-    def lineage(self, ref: str | AdapterRef) -> networkx.DiGraph[str]:
-        """The family of an adapter: a graph of digests, edges from parent to child with `relation` and
-        `weight`, nodes with `ref`, `known` and, where known, `record`."""
-        return lineage_graph(self._depot, self.record(ref))
+    def lineage(self, ref: str | AdapterRef, *, children: bool = False) -> networkx.DiGraph[str]:
+        """The family of an adapter: a graph of digests.
+
+        Nodes have `ref`, `known` and, where known, `record`; edges, from parent to child, have `relation` and
+        `weight`, and `links` with all parts of one parent as pairs of these.
+
+        Args:
+            ref: The adapter.
+            children: Whether to follow what was made from it as well.
+        """
+        return lineage_graph(self._depot, self.record(ref), children=children)
+
+    def _adapter(self, record: Record) -> Adapter:
+        files = self._files(record)
+        codec = codec_of(record.spec)
+        codec.check(files, record.spec)
+        return Adapter(record.spec, codec.decode(files), tuple(map(self._adapter, self._sources(record))))
+
+    def _sources(self, record: Record) -> Iterator[Record]:
+        """The records of what an adapter works on when it runs."""
+        for parent in record.spec.lineage.parents:
+            if parent.relation == "composed":
+                found = self._depot.records.find(parent.digest, parent.ref)
+                if found is None:
+                    raise AdapterNotFoundError(
+                        f"{record.ref} is composed of {parent.ref} ({parent.digest[:19]}), which is not in this hub; "
+                        "pull it, or pull the composition again, which brings its parents"
+                    )
+                yield found
 
     def _files(self, record: Record) -> dict[str, memoryview]:
         check_file_names(record)

@@ -21,6 +21,10 @@ _NAMED = re.compile(r"(?P<name>[^/@:]+)(?P<rest>(?:[/@:].*)?)", re.DOTALL)
 _RESERVED = {*SCHEMES, "http", "https", "ftp", "ssh", "oci"}
 _KEYS = re.compile(r"hf_[A-Za-z0-9]{16,}|(?:AKIA|ASIA)[A-Z0-9]{12,}")
 """What access keys look like; nobody means to write one into an address."""
+_SECRET = (
+    "the address holds a user, a password, a token or options; give it without: keys come from the "
+    "environment or the configuration of the remote's own client, and are never stored"
+)
 _ONE_ADAPTER = {"hf": "hf://org/repo"}
 """Schemes whose address is one adapter, not a hub of many, and how it is written."""
 
@@ -128,10 +132,7 @@ def check_address(address: str) -> str:
     match = _ADDRESS.fullmatch(address)
     host, path = (match["host"], match["path"]) if match else ("", "")
     if "@" in host or "%" in host or any(sign in address for sign in "?#") or _KEYS.search(address):
-        raise RemoteError(
-            "the address holds a user, a password, a token or options; give it without: keys come from the "
-            "environment or the configuration of the remote's own client, and are never stored"
-        )
+        raise RemoteError(_SECRET)
     if match is None or match["scheme"] not in SCHEMES or not address.isprintable():
         examples = ", ".join(scheme.example for scheme in SCHEMES.values())
         raise RemoteError(f"{address!r:.80} is not the address of a remote; wanted {examples}")
@@ -139,6 +140,8 @@ def check_address(address: str) -> str:
     example = SCHEMES[scheme].example
     if scheme == "file":
         fits = host in ("", "localhost") and len(path) > 1
+    elif ":" in host and not host.startswith("arn:"):
+        raise RemoteError(_SECRET)  # a key and its secret, whose slash hides the @ behind the host
     else:
         fits = bool(host) and not (scheme in _ONE_ADAPTER and re.search("[@:]", host + path))
     if not fits:
