@@ -129,7 +129,6 @@ def test_it_mends_what_a_broken_off_writer_left(hub: Hub) -> None:
     assert not (hub.root / ".hub" / "pending").exists()
 
 
-@pytest.mark.xfail(reason="the depot forgets the note")
 def test_a_note_of_another_name_outlives_a_no_op(hub: Hub) -> None:
     """Somebody was broken off after a record of b; what others do next must not hide it."""
     index = hub.root / "registry.json"
@@ -193,7 +192,6 @@ def test_a_damaged_alias_log_hinders_nothing(hub: Hub) -> None:
     assert (hub.root / ".hub" / "pending").exists()
 
 
-@pytest.mark.xfail(reason="the depot does not look again")
 def test_a_blob_that_a_pull_counted_on_is_fetched_again(hub: Hub, tmp_path: Path) -> None:
     """A leftover of a crash looks to a pull like a file that need not travel; then gc takes it away."""
     here = Hub.create(tmp_path / "here")

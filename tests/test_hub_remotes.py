@@ -18,7 +18,7 @@ from graftory.errors import (
     RemoteError,
     VersionConflictError,
 )
-from graftory.hub import Hub, depot
+from graftory.hub import Hub, contents, depot
 from graftory.hub.records import FileEntry, digest_of, record_from_bytes
 from graftory.hub.signature_store import SignatureStore
 from graftory.hub.staging import Staging
@@ -296,7 +296,7 @@ def test_what_garbage_collection_took_between_check_and_lock_is_fetched_again(
     weights = hub.record("trec").files[1]
     blobs = BlobStore(other.root / ".hub")
     blobs.write(bytes(BlobStore(hub.root / ".hub").map(weights.sha256, "x")))
-    real, calls = depot.check_contents, []
+    real, calls = contents.check_contents, []
 
     def check(*args: Any, **options: Any) -> None:
         real(*args, **options)

@@ -172,6 +172,14 @@ class Depot:
                 else:
                     self._refresh(wanted)
 
+    def _catch_up(self, name: str) -> None:
+        """Make the row of a name anew, and those that a writer noted before it was broken off."""
+        names = pending.read(self.pending_path)
+        if names is None:
+            self.rebuild()
+        else:
+            self._refresh(tuple(sorted({*names, name})))
+
     def _refresh(self, names: tuple[str, ...]) -> None:
         before = self.index_path.read_bytes() if self.index_path.is_file() else b""
         data: bytes | None = before
@@ -249,12 +257,15 @@ class Depot:
     def _receive(self, record: Record, fetch: Fetch, allow_nonfinite: bool) -> bool:
         if self.holds(record) and all(self.blobs.is_intact(entry.sha256) for entry in record.files):
             with self.lock():
-                self._refresh((record.name,))
+                self._catch_up(record.name)
             return True
         with self.staging.hold(entry.sha256 for entry in record.files):
             begun = any(self.staging.path(entry.sha256).exists() for entry in record.files)
             staged = self.stage(record.files, fetch)
-            contents = {e.path: map_file(staged.get(e.sha256, self.blobs.path(e.sha256))) for e in record.files}
+            try:
+                contents = {e.path: map_file(staged.get(e.sha256, self.blobs.path(e.sha256))) for e in record.files}
+            except FileNotFoundError:  # a blob that no record names yet, and gc came between
+                return False
             try:
                 with ThreadPoolExecutor(1) as pool:  # the disk writes while the processor hashes
                     synced = [pool.submit(sync_file, path) for path in staged.values()]
@@ -308,7 +319,7 @@ class Depot:
 
     def _commit(self, record: Record) -> None:
         if self.holds(record):
-            self._refresh((record.name,))
+            self._catch_up(record.name)
             return
         with self.changing(record.name):
             try:

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from graftory.adapter import AdapterRef, AdapterSpec, check_name, spec_from_json, spec_to_json
+from graftory.adapter import MAX_VERSION, AdapterRef, AdapterSpec, check_name, spec_from_json, spec_to_json
 from graftory.errors import ConfigError, CorruptAdapterError, InvalidNameError
 from graftory.hub import strict_json
 from graftory.hub.files import create_exclusive
@@ -155,7 +155,7 @@ def record_from_bytes(data: bytes, where: str) -> Record:
     except (ConfigError, InvalidNameError) as error:
         raise CorruptAdapterError(f"{error}; the record is damaged, pull it again from another hub") from None
     record = Record(spec=spec, **values, source=data)
-    if fields or record.version < 1 or digest != record.digest:
+    if fields or not 1 <= record.version <= MAX_VERSION or digest != record.digest:
         raise CorruptAdapterError(f"{where}: the record is not what its digest says; pull it again from another hub")
     return record
 
@@ -194,8 +194,10 @@ class RecordStore:
 
     def versions(self, name: str) -> tuple[int, ...]:
         """The versions of a name, ascending; empty if there is none."""
-        home = self._home(name)
-        found = (_version(path) for path in home.iterdir()) if home.is_dir() else iter(())
+        try:
+            found = [_version(path) for path in self._home(name).iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
         return tuple(sorted(version for version in found if version))
 
     def read(self, name: str, version: int) -> Record:
@@ -268,15 +270,19 @@ def is_name(name: str) -> bool:
 
 
 def _folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):  # gc removes a folder once it is empty
         return []
-    with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_dir()]
 
 
 def _has_version(home: Path) -> bool:
-    with os.scandir(home) as entries:
-        return any(_VERSION_FILE.fullmatch(entry.name) and entry.is_file() for entry in entries)
+    try:
+        with os.scandir(home) as entries:
+            return any(_VERSION_FILE.fullmatch(entry.name) and entry.is_file() for entry in entries)
+    except FileNotFoundError:  # gc removes a folder once it is empty
+        return False
 
 
 def _version(path: Path) -> int | None:

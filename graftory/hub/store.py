@@ -46,7 +46,10 @@ class BlobStore:
 
     def is_intact(self, sha256: str) -> bool:
         """Whether the file is there and its bytes are the recorded ones."""
-        return self.has(sha256) and sha256_of(self.path(sha256)) == sha256
+        try:
+            return self.has(sha256) and sha256_of(self.path(sha256)) == sha256
+        except FileNotFoundError:  # gc came between
+            return False
 
     def write(self, data: bytes) -> str:
         """Keep `data` and return its sha256; durable when this returns. Bytes already there are not
@@ -79,6 +82,8 @@ class BlobStore:
             CorruptAdapterError: If the blob is missing or its bytes are not the recorded ones.
         """
         try:
+            if not self.has(sha256):  # nor is a folder or a pipe a blob
+                raise FileNotFoundError
             data = map_file(self.path(sha256))
         except FileNotFoundError:
             raise CorruptAdapterError(
