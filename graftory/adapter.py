@@ -19,6 +19,8 @@ _NAME = re.compile(rf"(?:{_PART}/)?{_PART}")
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _MAX_PART = 64
+MAX_VERSION = 999_999_999
+"""The largest version that a reference can name."""
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
 
 
@@ -55,6 +57,10 @@ class AdapterRef:
             raise InvalidNameError(f"reference to {self.name!r}: give a version, a digest or an alias, only one")
         if self.version is not None and self.version < 1:
             raise InvalidNameError(f"reference to {self.name!r}: got version {self.version}, wanted 1 or more")
+        if self.version is not None and self.version > MAX_VERSION:
+            raise InvalidNameError(
+                f"reference to {self.name!r}: the version is above {MAX_VERSION}; give a smaller one"
+            )
         if self.digest is not None and not _DIGEST.fullmatch(self.digest):
             raise InvalidNameError(f"reference to {self.name!r}: {self.digest!r:.80} is not sha256:<64 hex digits>")
         if self.alias is not None and not _ALIAS.fullmatch(self.alias):
@@ -248,6 +254,12 @@ def spec_from_json(data: Json, where: str) -> AdapterSpec:
         config=config_from_json(data["config"], f"{where}.config"),
         task=None if data["task"] is None else decode(TaskInfo, data["task"], f"{where}.task"),
         lineage=decode(Lineage, data["lineage"], f"{where}.lineage"),
-        metrics=tuple(decode(Metric, row, f"{where}.metrics") for row in data["metrics"]),
-        licence=data["licence"],
+        metrics=decode(tuple[Metric, ...], data["metrics"], f"{where}.metrics"),
+        licence=_text_or_none(data["licence"], f"{where}.licence"),
     )
+
+
+def _text_or_none(data: Json, where: str) -> str | None:
+    if data is not None and not isinstance(data, str):
+        raise ConfigError(f"{where}: got {type(data).__name__} {data!r:.60}, wanted text or null")
+    return data

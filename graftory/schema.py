@@ -98,11 +98,15 @@ def _decode(kind: Any, data: Json, where: str) -> Any:
         return tuple(_decode(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     if origin in (Mapping, dict):
         _expect(dict, data, where)
-        return {key: _decode(get_args(kind)[1], item, f"{where}.{key}") for key, item in data.items()}
+        return {key: _decode(get_args(kind)[1], item, f"{where}.{_shown(key)}") for key, item in data.items()}
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     _expect(kind, data, where)
     return data
+
+
+def _shown(key: str) -> str:
+    return key if key.isprintable() and len(key) <= 80 else f"{key!r:.80}"
 
 
 def _decode_dataclass(kind: type, data: Json, where: str) -> Any:

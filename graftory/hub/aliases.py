@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftory.errors import ConfigError, CorruptAdapterError
+from graftory.adapter import AdapterRef
+from graftory.errors import ConfigError, CorruptAdapterError, InvalidNameError
 from graftory.hub import strict_json
 from graftory.hub.files import write_atomic
 from graftory.hub.records import check_stored_name
@@ -42,7 +43,13 @@ class AliasStore:
             return ()
         try:
             lines = path.read_bytes().splitlines()
-            return tuple(decode(AliasMove, strict_json.loads(line, str(path)), str(path)) for line in lines)
+            moves = tuple(decode(AliasMove, strict_json.loads(line, str(path)), str(path)) for line in lines)
+            for alias, version in {(move.alias, move.version) for move in moves}:
+                AdapterRef(name, alias=alias)
+                AdapterRef(name, version=version)
+            return moves
+        except InvalidNameError as error:
+            raise CorruptAdapterError(f"{path}: {error}; remove the damaged line") from None
         except ConfigError as error:
             raise CorruptAdapterError(f"{error}; remove the damaged line") from None
 

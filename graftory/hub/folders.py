@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from graftory.errors import ConfigError, CorruptAdapterError, VersionConflictErr
 from graftory.hub import strict_json
 from graftory.hub.codecs import codec_of, codec_of_folder
 from graftory.hub.files import make_folder, sync_folder
-from graftory.hub.safetensors_header import Bytes
+from graftory.hub.safetensors_header import Bytes, header_bytes, parse_header
 from graftory.schema import pretty
 
 SIDECAR = "graftory.json"
@@ -32,14 +34,14 @@ def read_folder(folder: Path, name: str, base: BaseModel | None) -> tuple[Adapte
 
     Raises:
         DataError: If there is no such folder.
-        CorruptAdapterError: If a file is missing or breaks its format.
+        CorruptAdapterError: If a file is missing, breaks its format, or is a pipe, a device or a link to elsewhere.
         UnsupportedAdapterError: If the adapter uses something graftory does not do.
     """
     codec = codec_of_folder(folder)
-    files = {file: (folder / file).read_bytes() for file in codec.file_names}
+    files = {file: _read(folder, file) for file in codec.file_names}
     sidecar = folder / SIDECAR
-    if sidecar.is_file():
-        spec = _read_sidecar(sidecar)
+    if os.path.lexists(sidecar):
+        spec = _read_sidecar(sidecar, _read(folder, SIDECAR))
         if codec_of(spec) is not codec:
             raise CorruptAdapterError(
                 f"{sidecar}: says method {spec.method!r}, the files are of another; save both again"
@@ -47,6 +49,40 @@ def read_folder(folder: Path, name: str, base: BaseModel | None) -> tuple[Adapte
     else:
         spec = codec.imported_spec(files, name)
     return (replace(spec, base=_fill(base, spec.base)) if base is not None else spec), files
+
+
+def _read(folder: Path, name: str) -> bytes:
+    """The bytes of a file that a stranger may have made: never a pipe or a device, never a file elsewhere, and
+    never more than its format can have."""
+    path = folder / name
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CorruptAdapterError(f"{path}: is not an ordinary file; copy the adapter again")
+        if not path.resolve().is_relative_to(_tree(folder)):
+            raise CorruptAdapterError(f"{path}: is a link to a file outside of the folder; copy that file here (cp -L)")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if path.suffix == ".safetensors":
+                head = file.read(8)
+                head += file.read(header_bytes(head, str(path)) - 8)
+                parse_header(head, size, str(path))
+                file.seek(0)
+                return file.read()
+            return file.read(strict_json.SMALL + 1)
+    except OSError as error:
+        raise CorruptAdapterError(
+            f"{path}: is not an ordinary file, or cannot be read ({error.strerror}); copy the adapter again"
+        ) from None
+    except RuntimeError:  # a link that leads to itself, as Python before 3.13 says it
+        raise CorruptAdapterError(f"{path}: is not an ordinary file but a link to itself; remove it") from None
+
+
+def _tree(folder: Path) -> Path:
+    """The folder that links may lead into: its own, or that of a model in the cache of the Hugging Face Hub,
+    whose snapshots are links to `blobs`."""
+    whole = folder.resolve()
+    cached = whole.parent.name == "snapshots" and whole.parent.parent.name.startswith("models--")
+    return whole.parents[1] if cached else whole
 
 
 def _fill(base: BaseModel, known: BaseModel) -> BaseModel:
@@ -61,8 +97,8 @@ def _fill(base: BaseModel, known: BaseModel) -> BaseModel:
     )
 
 
-def _read_sidecar(path: Path) -> AdapterSpec:
-    data = strict_json.loads(path.read_bytes(), str(path))
+def _read_sidecar(path: Path, content: bytes) -> AdapterSpec:
+    data = strict_json.loads(content, str(path))
     if not isinstance(data, dict) or data.get("format") != _FORMAT or data.get("schema") != _SCHEMA:
         raise CorruptAdapterError(f"{path}: not a sidecar of schema {_SCHEMA}; remove it to add the adapter without")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,8 @@ class Hashes:
 
     def _hash(self, path: Path, what: str) -> tuple[str, int]:
         size, hashed = 0, hashlib.sha256()
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "not an ordinary file", str(path))
         with path.open("rb") as file:
             while not self._ended.is_set() and (chunk := file.read(_CHUNK)):
                 hashed.update(chunk)

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftory.errors import ConfigError, CorruptAdapterError
+from graftory.adapter import AdapterRef
+from graftory.errors import ConfigError, CorruptAdapterError, InvalidNameError
 from graftory.hub import strict_json
 from graftory.hub.aliases import AliasStore
 from graftory.hub.records import RecordStore
@@ -121,9 +122,27 @@ def read_index(path: Path) -> tuple[IndexRow, ...]:
         CorruptAdapterError: If it is damaged.
     """
     data = strict_json.loads(path.read_bytes(), str(path), limit=strict_json.LARGE)
-    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("schema") != SCHEMA:
+    if not isinstance(data, dict) or (data.get("format"), repr(data.get("schema"))) != (FORMAT, str(SCHEMA)):
         raise CorruptAdapterError(f"{path}: not an index of this format; make it anew with hub verify --rebuild")
     try:
-        return decode(tuple[IndexRow, ...], data.get("adapters"), str(path))
+        rows: tuple[IndexRow, ...] = decode(tuple[IndexRow, ...], data.get("adapters"), str(path))
+        for row in rows:
+            _check(row)
     except ConfigError as error:
         raise CorruptAdapterError(f"{error}; make the index anew with hub verify --rebuild") from None
+    except InvalidNameError as error:
+        raise CorruptAdapterError(f"{path}: {error}; make the index anew with hub verify --rebuild") from None
+    return rows
+
+
+def _check(row: IndexRow) -> None:
+    """Check that a row is of a name and versions that a hub can have.
+
+    Raises:
+        InvalidNameError: If it is not.
+    """
+    AdapterRef(row.name, version=row.version)
+    AdapterRef(row.name, digest=row.digest)
+    for alias, version in row.aliases.items():
+        AdapterRef(row.name, alias=alias)
+        AdapterRef(row.name, version=version)

@@ -8,6 +8,7 @@ The library accepts headers of 67 MB, names given twice, empty names and files w
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -20,7 +21,10 @@ Bytes = bytes | memoryview
 MAX_HEADER = 1 << 20
 """Most bytes of a header (1 MiB, about ten thousand tensors)."""
 _MAX_NAME = 512
+_NAME = re.compile(r"[!-~]+")
+"""Visible ASCII: a name that looks like another one, or changes what a terminal shows, is refused."""
 _MAX_DIMENSIONS = 8
+_MAX_BYTES = 1 << 63
 ITEM_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -65,7 +69,7 @@ def read_header(data: Bytes, where: str) -> tuple[StoredTensor, ...]:
 
     Raises:
         CorruptAdapterError: If the header is longer than 1 MiB or than the file, is not strict JSON,
-            gives a name twice or an empty one, lists no tensor, an unknown dtype or an impossible
+            gives a name twice or one that is no module's, lists no tensor, an unknown dtype or an impossible
             shape, or if the tensors overlap, leave holes, or do not end where the file ends.
     """
     return parse_header(data, len(data), where)
@@ -96,9 +100,9 @@ def parse_header(head: Bytes, file_size: int, where: str) -> tuple[StoredTensor,
     """
     start = header_bytes(head, where)
     _require(start <= min(len(head), file_size), where, "the file is shorter than its header says")
-    header = strict_json.loads(bytes(head[8:start]), f"{where} (header)", limit=MAX_HEADER)
-    _require(isinstance(header, dict), where, "the header is not an object")
-    header.pop("__metadata__", None)
+    _require(bytes(head[8:9]) == b"{", where, "the header is not an object, or does not begin with it")
+    header: dict[str, Json] = strict_json.loads(bytes(head[8:start]), f"{where} (header)", limit=MAX_HEADER)
+    _require(_is_metadata(header.pop("__metadata__", {})), where, "the metadata are not texts")
     _require(bool(header), where, "the file holds no tensor")
     tensors = sorted((_entry(name, row, start, where) for name, row in header.items()), key=lambda t: (t.begin, t.end))
     position = start
@@ -110,7 +114,7 @@ def parse_header(head: Bytes, file_size: int, where: str) -> tuple[StoredTensor,
 
 
 def _entry(name: str, row: Json, start: int, where: str) -> StoredTensor:
-    _require(0 < len(name) <= _MAX_NAME and name.isprintable(), where, f"{name!r:.80} cannot name a tensor")
+    _require(_is_name(name), where, f"{name!r:.80} cannot name a tensor")
     _require(
         isinstance(row, dict) and set(row) == {"dtype", "shape", "data_offsets"},
         where,
@@ -123,11 +127,24 @@ def _entry(name: str, row: Json, start: int, where: str) -> StoredTensor:
     )
     _require(_naturals(offsets) and len(offsets) == 2, where, f"tensor {name!r}: impossible offsets {offsets!r:.80}")
     begin, end = offsets
+    # what readers multiply must not overflow, not even where a zero comes after it
+    whole = math.prod(max(size, 1) for size in shape) * ITEM_BYTES[dtype]
+    _require(max(whole, end) < _MAX_BYTES, where, f"tensor {name!r}: shape {shape!r:.80} or offsets overflow")
     expected = math.prod(shape) * ITEM_BYTES[dtype]
     _require(
         end - begin == expected, where, f"tensor {name!r}: {end - begin} bytes, its shape and dtype need {expected}"
     )
     return StoredTensor(name, dtype, tuple(shape), start + begin, start + end)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a name is a path of modules, and no path of files."""
+    plain = len(name) <= _MAX_NAME and _NAME.fullmatch(name) and not set(name) & {"/", "\\"}
+    return bool(plain) and all(name.split("."))
+
+
+def _is_metadata(value: Json) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _naturals(value: Json) -> bool:

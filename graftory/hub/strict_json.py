@@ -14,9 +14,11 @@ SMALL = 1 << 20
 LARGE = 16 << 20
 """Most bytes of a record or an index (16 MiB)."""
 MAX_DEPTH = 32
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_DIGITS = 20
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_BRACKET = re.compile(r"[\[{\]}]")
+_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{\]}]', re.DOTALL)
+"""A string, to the end of the text if it has none, or a bracket. It never goes back, so it takes linear time."""
 
 
 def loads(data: bytes, where: str, *, limit: int = SMALL) -> Json:
@@ -29,30 +31,44 @@ def loads(data: bytes, where: str, *, limit: int = SMALL) -> Json:
 
     Raises:
         CorruptAdapterError: If it is too long, not UTF-8, not JSON, nested deeper than 32 levels,
-            gives a key twice, or holds NaN, an infinity or an integer of more than 20 digits.
+            gives a key twice, or holds NaN, an infinity, an integer of more than 20 digits, -0 or half of a
+            surrogate pair.
     """
     if len(data) > limit:
         raise CorruptAdapterError(f"{where}: {len(data)} bytes of JSON, at most {limit} are accepted; shorten the file")
     try:
         text = data.decode("utf-8")
         _check_depth(text)
-        return json.loads(
+        value = json.loads(
             text,
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_int=_bounded_int,
             parse_float=_finite_float,
         )
+        if "\\u" in text:
+            _check_surrogates(value)
     except (ValueError, RecursionError) as error:
         raise CorruptAdapterError(f"{where}: not acceptable JSON ({error}); write the file again") from None
+    return value
 
 
 def _check_depth(text: str) -> None:
     depth = 0
-    for bracket in _BRACKET.findall(_STRING.sub("", text)):
-        depth += 1 if bracket in "[{" else -1
+    for token in _TOKEN.finditer(text):
+        depth += _STEPS.get(token[0], 0)
         if depth > MAX_DEPTH:
             raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _check_surrogates(value: Json) -> None:
+    """Refuse text that cannot be written as UTF-8 again: neither hashed nor printed."""
+    if isinstance(value, str) and _SURROGATE.search(value):
+        raise ValueError(f"half of a surrogate pair in {value!r:.80}")
+    for item in (
+        (*value.keys(), *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
+        _check_surrogates(item)
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
@@ -69,6 +85,8 @@ def _refuse_constant(text: str) -> Json:
 
 
 def _bounded_int(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0 is not an integer that others read")
     if len(text.lstrip("-")) > _MAX_DIGITS:
         raise ValueError(f"an integer of {len(text)} digits")
     return int(text)

@@ -74,13 +74,13 @@ def receive(
         RemoteError: If the remote cannot be read.
     """
     records = closure(record, remote.find, depot.records.find)
+    # read before anything is kept: damaged logs are no reason to keep half of it
+    there, here = remote.aliases(record.name), depot.aliases.current(record.name)
     for item in records:
         depot.receive(item, partial(_fetch, remote, item, progress), allow_nonfinite=allow_nonfinite)
         for key_id, data in remote.signatures(item).items():
             depot.add_signature(item, key_id, data)
-    moved, kept = _carry_aliases(
-        record, remote.aliases(record.name), depot.aliases.current(record.name), depot.move_alias, move_aliases
-    )
+    moved, kept = _carry_aliases(record, there, here, depot.move_alias, move_aliases)
     keys = tuple(depot.signatures.of(record.name, record.version))
     return _delivery(records, moved, kept, keys)
 

@@ -42,6 +42,7 @@ class NativeCodec:
             raise CorruptAdapterError(f"{WEIGHTS}: the specification is of method {spec.method!r}; wanted bottleneck")
         body = [key for key in stored if not shared.is_head(key, spec)]
         sites = shared.paths_of(body, _PARTS, f"{WEIGHTS}: tensor %r is not understood; wanted <site>.{_PARTS[0]}, ...")
+        shared.check_targets(config.targets, WEIGHTS)
         if set(sites) != set(config.targets):
             odd = sorted(set(sites) ^ set(config.targets))[0]
             raise CorruptAdapterError(

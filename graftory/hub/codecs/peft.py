@@ -51,6 +51,7 @@ class PeftCodec:
         if not isinstance(lora, LoraConfig):
             raise CorruptAdapterError(f"{CONFIG}: the specification is of method {spec.method!r}; wanted lora")
         targets = _targets({key: tensor for key, tensor in stored.items() if not shared.is_head(key, spec)})
+        shared.check_targets(lora.targets, WEIGHTS)
         if set(targets) != set(lora.targets):
             odd = sorted(set(targets) ^ set(lora.targets))[0]
             raise CorruptAdapterError(

@@ -24,6 +24,10 @@ _TASK_TYPES = {
 }
 _TRAINED_EMBEDDINGS = {"embed_tokens", "embeddings", "shared", "word_embeddings", "wte"}
 _LITERAL = re.compile(r"[A-Za-z0-9_.-]+")
+_MAX_PATTERNS = 4096
+_MAX_SAVED = 64
+_MAX_TEXT = 1024
+"""Most entries of a pattern and of `modules_to_save`, which are compared with every module, and letters of a text."""
 
 _INERT = {
     "base_model_name_or_path",
@@ -86,14 +90,24 @@ class PeftLora:
                 found.add(head)
         trained = sorted(head for head in found if head.rpartition(".")[2] in _TRAINED_EMBEDDINGS)
         if trained:
-            raise UnsupportedAdapterError(f"modules_to_save: {trained[0]!r} is an embedding; graftory keeps heads only")
+            raise UnsupportedAdapterError(
+                f"adapter_config.json: modules_to_save: {trained[0]!r} is an embedding; graftory keeps heads only"
+            )
         return tuple(sorted(found))
 
 
 def _matching(patterns: Mapping[str, object], path: str) -> str | None:
-    """The first key that PEFT finds for a module: `(.*\\.)?(key)$`. Keys are literal paths, checked
-    when read, so that this takes linear time."""
-    return next((key for key in patterns if re.match(rf"(?:.*\.)?(?:{key})$", path)), None)
+    """The first key that PEFT finds for a module: `(.*\\.)?(key)$`. Keys are literal paths, checked when read,
+    in which a dot stands for any character; so nothing needs to be compiled."""
+    ends = (path[at:] for at in range(len(path)) if at == 0 or path[at - 1] == ".")
+    by_length = {len(end): end for end in ends}
+    return next((key for key in patterns if len(key) in by_length and _fits(key, by_length[len(key)])), None)
+
+
+def _fits(key: str, end: str) -> bool:
+    return key == end or (
+        (key[-1] in (".", end[-1])) and all(wanted in (".", got) for wanted, got in zip(key, end, strict=True))
+    )
 
 
 def read_config(data: Json, where: str) -> PeftLora:
@@ -140,6 +154,11 @@ def _is_bool(value: Json) -> bool:
     return isinstance(value, bool)
 
 
+def _is_text(value: str) -> bool:
+    """Whether a text is a name or a path: on one line, and no address that something might fetch."""
+    return len(value) <= _MAX_TEXT and value.isprintable() and "://" not in value
+
+
 def _is_auto_mapping(value: Json) -> bool:
     return not value or (isinstance(value, dict) and str(value.get("parent_library")).startswith("transformers."))
 
@@ -173,8 +192,13 @@ def _refuse_features(data: dict[str, Json], where: str) -> None:
         accepted = _ACCEPTED.get(key, lambda value: value in (None, False, [], {}))
         if not accepted(value):
             raise UnsupportedAdapterError(
-                f"{where}: {key} = {value!r:.80} is something graftory does not do; train without it"
+                f"{where}: {_shown(key)} = {value!r:.80} is something graftory does not do; train without it"
             )
+
+
+def _shown(key: str) -> str:
+    """A key for an error's text, whatever a stranger called it."""
+    return key if _LITERAL.fullmatch(key) and len(key) <= 80 else f"{key!r:.80}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +208,13 @@ class _Reader:
 
     def text(self, key: str) -> str | None:
         value = self.data.get(key)
-        self._require(value is None or isinstance(value, str), key)
+        self._require(value is None or (isinstance(value, str) and _is_text(value)), key)
         return value or None
 
     def texts(self, key: str) -> tuple[str, ...]:
         value = self.data.get(key) or []
         self._require(isinstance(value, list) and all(isinstance(item, str) and item for item in value), key)
+        self._limit(value, _MAX_SAVED, key)
         return tuple(dict.fromkeys(value))
 
     def number(self, key: str, default: Json, valid: Callable[[Json], bool]) -> Any:
@@ -200,12 +225,17 @@ class _Reader:
     def pattern(self, key: str, valid: Callable[[Json], bool]) -> dict[str, Json]:
         value = self.data.get(key) or {}
         self._require(isinstance(value, dict) and all(valid(item) for item in value.values()), key)
+        self._limit(value, _MAX_PATTERNS, key)
         for pattern in value:
             if not _LITERAL.fullmatch(pattern):
                 raise UnsupportedAdapterError(
                     f"{self.where}: {key} has the regular expression {pattern!r:.80}; write plain module paths"
                 )
         return dict(value)
+
+    def _limit(self, values: Sequence[Json] | Mapping[str, Json], most: int, key: str) -> None:
+        if len(values) > most:
+            raise UnsupportedAdapterError(f"{self.where}: {key} has {len(values)} entries, graftory reads {most}")
 
     def _require(self, condition: bool, key: str) -> None:
         if not condition:

@@ -30,7 +30,7 @@ def read_floats(data: Bytes, where: str) -> tuple[StoredTensor, ...]:
     """The tensors of a safetensors file, all of them floats.
 
     Raises:
-        CorruptAdapterError: If the file breaks the format.
+        CorruptAdapterError: If the file breaks the format, or a tensor is empty.
         UnsupportedAdapterError: If a tensor is not F16, BF16, F32 or F64.
     """
     stored = read_header(data, where)
@@ -39,6 +39,8 @@ def read_floats(data: Bytes, where: str) -> tuple[StoredTensor, ...]:
             raise UnsupportedAdapterError(
                 f"{where}: tensor {tensor.name!r} is {tensor.dtype}; save it as one of {', '.join(_EXPONENT)}"
             )
+        if tensor.begin == tensor.end:
+            raise CorruptAdapterError(f"{where}: tensor {tensor.name!r} holds no number; save the adapter again")
     return stored
 
 
@@ -93,6 +95,17 @@ def paths_of(keys: Iterable[str], parts: Sequence[str], refusal: str) -> tuple[s
             raise UnsupportedAdapterError(refusal % key)
         paths.add(key.removesuffix(f".{part}"))
     return tuple(sorted(paths))
+
+
+def check_targets(targets: Sequence[str], where: str) -> None:
+    """Check that a specification lists no module twice.
+
+    Raises:
+        CorruptAdapterError: If it does.
+    """
+    if len(set(targets)) != len(targets):
+        again = next(path for at, path in enumerate(targets) if path in targets[:at])
+        raise CorruptAdapterError(f"{where}: the specification lists {again!r:.80} twice; save both again")
 
 
 def is_head(key: str, spec: AdapterSpec) -> bool:

@@ -19,6 +19,9 @@ from graftory.hub.records import FileEntry, Record
 from graftory.hub.remotes.base import Blobs, Foreign, Progress
 from graftory.hub.resolve import resolve
 
+_MAX_PATH = 4000
+"""Most letters of a path; every system that we know takes less than 4096 bytes."""
+
 
 class DirectoryRemote:
     """A hub in a folder. What a push writes goes through the same `Depot` as a local hub's: its lock, its order."""
@@ -51,7 +54,13 @@ class DirectoryRemote:
 
     def fetch(self, item: Record | Foreign, entry: FileEntry, target: Path, progress: Callable[[int], None]) -> None:  # noqa: ARG002 (the interface's)
         """See `Remote`."""
-        copy_on(self._blob(entry), target, progress)
+        path = self._blob(entry)
+        size = path.stat().st_size
+        if size != entry.size:
+            raise CorruptAdapterError(
+                f"{entry.path}: {path} has {size} bytes, recorded are {entry.size}; it is damaged, push it again"
+            )
+        copy_on(path, target, progress)
 
     def send(self, records: Sequence[Record], blobs: Blobs, progress: Progress) -> None:
         """See `Remote`."""
@@ -130,8 +139,13 @@ def split_remote_ref(address: str) -> tuple[DirectoryRemote, str]:
 
 
 def _folder(address: str) -> Path:
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # brackets that are not of an IPv6 address
+        raise RemoteError(f"{address!r:.200} is not an address; wanted file:///absolute/folder") from None
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
         raise RemoteError(f"{address}: names a host or a relative path; wanted file:///absolute/folder")
     path = url2pathname(parts.path) if os.name == "nt" else unquote(parts.path)
+    if not path.isprintable() or len(path) > _MAX_PATH:
+        raise RemoteError(f"{address!r:.200} is not the path of a folder; wanted file:///absolute/folder")
     return Path(os.path.normpath(path))

@@ -20,7 +20,7 @@ from graftory.hub.files import sha256_of
 from graftory.hub.records import FileEntry, Record
 from graftory.hub.remotes import huggingface_foreign
 from graftory.hub.remotes.base import Blobs, Foreign, Progress
-from graftory.hub.remotes.card import card
+from graftory.hub.remotes.card import card, is_untouched
 from graftory.hub.remotes.huggingface_client import Refs, Repo, StaleError
 from graftory.hub.remotes.huggingface_versions import (
     ALIASES,
@@ -37,6 +37,7 @@ from graftory.hub.remotes.huggingface_versions import (
     hex_of,
 )
 from graftory.hub.signature_store import MAX_BYTES
+from graftory.hub.strict_json import SMALL
 from graftory.schema import pretty
 
 if TYPE_CHECKING:
@@ -215,17 +216,17 @@ class HuggingFaceRemote:
         adds = _files(record, "", blobs, progress)
         for parent in parents:
             adds += _files(parent, folder_of(parent), blobs, progress)
-        if CARD not in present or self._card_is_ours(before, commit):
+        if CARD not in present or self._card_is_ours(commit):
             adds.append(_add(CARD, card(record, repo=self._repo.id)))
         stale = {entry.path for entry in before.files} if before else set()
         stale |= {path for path in present if path.startswith(f"{PARENTS}/")}
         gone = (stale & present) - {operation.path_in_repo for operation in adds}
         return [*adds, *(CommitOperationDelete(path) for path in sorted(gone))]
 
-    def _card_is_ours(self, before: Record | None, commit: str) -> bool:
-        """Whether the card is as it was made for the version there: what a person wrote since is kept."""
-        wanted = card(before, repo=self._repo.id) if before else None
-        return wanted is not None and self._repo.read(commit, CARD, limit=len(wanted) + 1) == wanted
+    def _card_is_ours(self, commit: str) -> bool:
+        """Whether the card is as graftory made it: what a person wrote since is kept."""
+        there = self._repo.read(commit, CARD, limit=SMALL)
+        return there is not None and is_untouched(there)
 
 
 def _files(record: Record, folder: str, blobs: Blobs, progress: Progress) -> list[CommitOperationAdd]:
