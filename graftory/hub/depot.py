@@ -20,7 +20,7 @@ from graftory.errors import (
 from graftory.hub import index, pending
 from graftory.hub.aliases import AliasMove, AliasStore
 from graftory.hub.contents import check_contents, check_file_names
-from graftory.hub.files import disk, make_folder, map_file, sync_file, write_atomic
+from graftory.hub.files import KEPT, disk, make_folder, map_file, sync_file, write_atomic
 from graftory.hub.records import FileEntry, Record, RecordStore, TensorEntry, digest_of, file_entries
 from graftory.hub.signature_store import SignatureStore
 from graftory.hub.staging import Staging
@@ -296,7 +296,7 @@ class Depot:
             if self.blobs.is_intact(entry.sha256) or entry.sha256 in staged:
                 continue
             path = self.staging.path(entry.sha256)
-            with disk(path):
+            with disk(path, KEPT):
                 fetch(entry, path)
             staged[entry.sha256] = path
         return staged

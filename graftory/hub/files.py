@@ -15,12 +15,18 @@ from uuid import uuid4
 from graftory.errors import StorageError
 
 _CHUNK = 1 << 20
+KEPT = "keeps what came"
+"""What is true of an unfinished download on a full disk."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def disk(path: Path) -> Iterator[None]:
+def disk(path: Path, left: str = "is as it was") -> Iterator[None]:
     """Say in our words that a disk is full.
+
+    Args:
+        path: The file that is written.
+        left: What is true of it then.
 
     Raises:
         StorageError: If the disk, its quota or the largest size of a file is exhausted within.
@@ -31,7 +37,24 @@ def disk(path: Path) -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise StorageError(
-            f"{path}: cannot be written ({os.strerror(error.errno)}); nothing was changed, make room and try again"
+            f"{path}: cannot be written ({os.strerror(error.errno)}) and {left}; make room and try again"
+        ) from error
+
+
+def settle(path: Path) -> None:
+    """Make the name of a file that was just put in place durable.
+
+    Raises:
+        StorageError: If the disk is full, as some only say now; the file is there, and may be gone after a power cut.
+    """
+    try:
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StorageError(
+            f"{path}: is written, but the disk cannot make it durable ({os.strerror(error.errno)}); "
+            "make room and try again"
         ) from error
 
 
@@ -44,13 +67,13 @@ def write_atomic(path: Path, data: bytes, scratch: Path) -> None:
         scratch: A folder of the same file system for the temporary file.
 
     Raises:
-        StorageError: If the disk is full; `path` is then as it was.
-        OSError: If the disk refuses otherwise; `path` is then as it was.
+        StorageError: If the disk is full; `path` is then as it was, unless the error says otherwise.
+        OSError: If the disk refuses otherwise.
     """
     with disk(path), _temporary(data, scratch) as written:
         make_folder(path.parent)
         written.replace(path)
-        sync_folder(path.parent)
+    settle(path)
 
 
 def create_exclusive(path: Path, data: bytes, scratch: Path) -> None:
@@ -63,8 +86,8 @@ def create_exclusive(path: Path, data: bytes, scratch: Path) -> None:
 
     Raises:
         FileExistsError: If `path` exists.
-        StorageError: If the disk is full; `path` is then not there.
-        OSError: If the disk refuses otherwise; `path` is then not there.
+        StorageError: If the disk is full; `path` is then not there, unless the error says otherwise.
+        OSError: If the disk refuses otherwise.
     """
     with disk(path), _temporary(data, scratch) as written:
         make_folder(path.parent)
@@ -76,21 +99,21 @@ def create_exclusive(path: Path, data: bytes, scratch: Path) -> None:
             if path.exists():
                 raise FileExistsError(str(path)) from None
             written.replace(path)
-        sync_folder(path.parent)
+    settle(path)
 
 
 def adopt(staged: Path, path: Path) -> None:
     """Move a finished file of the same file system to `path`, durable when this returns.
 
     Raises:
-        StorageError: If the disk is full; both are then as they were.
+        StorageError: If the disk is full; both are then as they were, unless the error says otherwise.
         FileNotFoundError: If `staged` is gone.
     """
     with disk(path):
         sync_file(staged)
         make_folder(path.parent)
         staged.replace(path)
-        sync_folder(path.parent)
+    settle(path)
 
 
 def make_folder(folder: Path) -> None:
@@ -107,7 +130,7 @@ def sync_file(path: Path) -> None:
     Raises:
         StorageError: If the disk is full, as some only say now.
     """
-    with disk(path):
+    with disk(path, KEPT):
         handle = os.open(path, os.O_RDWR)
         try:
             os.fsync(handle)
@@ -135,7 +158,7 @@ def copy_on(source: Path, target: Path, progress: Callable[[int], None]) -> None
         progress: Told how many bytes are there.
     """
     size = source.stat().st_size
-    with disk(target), source.open("rb") as reader, target.open("ab") as writer:
+    with disk(target, KEPT), source.open("rb") as reader, target.open("ab") as writer:
         if writer.tell() > size:
             empty(writer)
         reader.seek(min(writer.tell(), size))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftory.errors import AdapterNotFoundError, GraftoryError, RemoteError
-from graftory.hub.files import disk, empty
+from graftory.hub.files import KEPT, disk, empty
 from graftory.hub.redact import redact
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Repo:
 
     def download(self, commit: str, path: str, size: int, target: Path, progress: Callable[[int], None]) -> None:
         """Make `target` hold a file, going on behind what it holds already."""
-        with disk(target), target.open("ab") as file:
+        with disk(target, KEPT), target.open("ab") as file:
             if file.tell() > size:
                 empty(file)
             if file.tell() == size:
