@@ -11,6 +11,7 @@ import click
 
 from graftory import __version__
 from graftory.errors import GraftoryError
+from graftory.printable import printable
 
 COMMANDS: Mapping[str, str] = {
     "init": "Create a hub: an empty folder for adapters.",
@@ -44,7 +45,7 @@ class Failure(click.ClickException):
 
     def format_message(self) -> str:
         """The text on one line, whatever a library put into it."""
-        return " ".join(self.message.split())
+        return printable(" ".join(self.message.split()))
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print `error: ...` to the standard error."""

@@ -468,6 +468,8 @@ _ADDRESSES = (
     "file://", "file:///", "file://[", "file://[::1", "file://host/share/x", "file:relative/x", "file:///gone/trec@1",
     "file:///%00/trec@1", "file:///" + "a" * 5000 + "/trec@1", "file:///dev/null/trec", "file:///etc/passwd",
     "file:///../../etc/trec",
+    "file://\ud800/x",
+    "file:///\x1b[2Jx/trec@1",
 )  # fmt: skip
 _SECRET = "s3cr3tpassw0rd"
 _SECRETS = (

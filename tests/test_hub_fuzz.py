@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -191,6 +191,8 @@ SCHEMES = st.sampled_from(["file://", "hf://", "s3://", "gs://", "memory://", "x
 
 
 @quick
+@example("file://\ud800")
+@example("file:///\x1b[2J")
 @given(st.builds("{}{}".format, SCHEMES, st.text(LETTERS, max_size=20)))
 def test_addresses(address: str) -> None:
     """None is asked over the network: they are only looked at."""

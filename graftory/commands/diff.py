@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from graftory.commands.output import json_option, print_json, print_table, working
-from graftory.hub.printable import printable, shortened
+from graftory.printable import printable, shortened
 from graftory.schema import Json
 
 if TYPE_CHECKING:

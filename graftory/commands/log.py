@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from graftory.commands.output import json_option, print_json, print_table
-from graftory.hub.printable import printable
+from graftory.printable import printable
 from graftory.schema import Json
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from graftory.adapter import AdapterRef
-from graftory.hub.printable import printable
+from graftory.printable import printable
 from graftory.schema import Json, encode
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import click
 from graftory.adapter import Metric
 from graftory.commands.output import json_option, print_json, print_table
 from graftory.config import config_to_json
-from graftory.hub.printable import printable
+from graftory.printable import printable
 from graftory.schema import Json, encode
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from graftory.adapter import Metric
 from graftory.errors import ConfigError
 from graftory.hub.layers import Placed, place
-from graftory.hub.printable import printable, shortened
 from graftory.hub.records import Record
+from graftory.printable import printable, shortened
 
 if TYPE_CHECKING:
     import networkx

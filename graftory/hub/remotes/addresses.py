@@ -53,7 +53,7 @@ def split_remote_ref(address: str) -> tuple[Remote, str]:
 
 def _scheme(address: str) -> Scheme:
     name = address.partition("://")[0] if "://" in address else ""
-    if name not in SCHEMES:
+    if name not in SCHEMES or not address.isprintable():
         examples = ", ".join(scheme.example for scheme in SCHEMES.values())
         raise RemoteError(f"{address!r:.200} is not a remote; wanted the name of one (hub remote list) or {examples}")
     return SCHEMES[name]
