@@ -46,3 +46,23 @@ class FusionSettings(TrainSettings):
 
     epochs: float = option("passes over the training rows", 5.0)
     learning_rate: float = option("highest learning rate (the paper's, for BERT-base, is 5e-5)", 1e-3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SelectSettings:
+    """How adapters are selected by examples (AdapterSoup, Chronopoulou et al. 2023, arXiv:2302.07027)."""
+
+    most: int = option("select: at most so many adapters", 5)
+    threshold: float = option("select by similarity: least mean cosine", 0.15)
+    min_share: float = option("select by clustering: least share of the examples in an adapter's clusters", 0.1)
+    per_domain: int = option("select: so many examples of the new domain, and of each adapter's training data", 100)
+    components: int = option("select by clustering: principal components kept", 50)
+
+    def __post_init__(self) -> None:
+        for name in ("most", "per_domain", "components"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted 1 or more")
+        if not 0 <= self.min_share <= 1 or not -1 <= self.threshold <= 1:
+            raise ConfigError(
+                f"min_share {self.min_share:g}, threshold {self.threshold:g}: wanted 0 to 1, and a cosine from -1 to 1"
+            )

@@ -9,6 +9,8 @@ import click
 from graftory.adapter import Parent
 from graftory.commands.options import MethodCommand, comma_separated, given_parameters
 from graftory.commands.output import json_option, print_ref, working
+from graftory.commands.selecting import Chooser, print_selection
+from graftory.settings import SelectSettings
 
 
 def methods() -> Mapping[str, type]:
@@ -18,7 +20,7 @@ def methods() -> Mapping[str, type]:
     return {name: row.params for name, row in METHODS.items()}
 
 
-@click.command("merge", cls=MethodCommand, methods=methods, default_method="linear")
+@click.command("merge", cls=MethodCommand, methods=methods, default_method="linear", settings=SelectSettings)
 @click.argument("refs", metavar="REF...", nargs=-1, required=True)
 @click.option("--name", required=True, help="Name of the merged adapter in the hub.")
 @click.option(
@@ -27,6 +29,21 @@ def methods() -> Mapping[str, type]:
     metavar="W,W,...",
     help="A weight for each adapter. [default: equal, 1/n]",
 )
+@click.option(
+    "--select",
+    "selector",
+    type=click.Choice(["clustering", "similarity", "greedy"]),
+    help="Merge only those of REF that suit a new domain: by unlabelled --examples, or greedy by trying on --on.",
+)
+@click.option(
+    "--examples", metavar="FILE|TASK", help="Examples of the new domain: a .txt with one a line, or a task's texts."
+)
+@click.option("--encoder", help="The model that encodes the examples. [default: the adapters' base]")
+@click.option(
+    "--on", metavar="TASK", help="greedy: the task whose training rows decide; its test rows are not looked at."
+)
+@click.option("--on-rows", type=click.IntRange(min=1), help="greedy: so many of them. [default: all]")
+@click.option("--seed", default=0, show_default=True, help="Seed of drawn examples and of the clustering.")
 @json_option
 @click.pass_obj
 def command(
@@ -34,28 +51,45 @@ def command(
     refs: tuple[str, ...],
     name: str,
     weights: tuple[float, ...] | None,
+    selector: str | None,
+    examples: str | None,
+    encoder: str | None,
+    on: str | None,
+    on_rows: int | None,
+    seed: int,
     method: str,
     as_json: bool,
 ) -> None:
     """Make one adapter out of several.
 
-    They must be of one method and one base model. No model is loaded. The parents and their weights
-    are recorded: see hub log.
+    They must be of one method and one base model. The parents and their weights are recorded: see hub log.
+    No model is loaded unless --select asks for it.
 
     \b
     Example:
       hub merge trec sms --method linear --weights 0.5,0.5 --name both
       hub merge run@1 run@2 run@3 --method soup --name average
+      hub merge space autos guns med --method soup --select clustering --examples new.txt --name soup
+      hub merge run@1 run@2 run@3 --method soup --select greedy --on wheel:trec --name best
     """
     from graftory.compose import merge
     from graftory.hub import Hub
 
-    parameters = given_parameters(method, methods())
+    parameters = given_parameters(method, methods(), SelectSettings)
+    chooser = Chooser(selector, examples, encoder, on, on_rows, seed, method)
+    chooser.check(weights)
     hub = Hub.open(registry)
     records = [hub.record(ref) for ref in refs]
+    adapters = [hub.get(record.ref) for record in records]
+    selection = chooser.choose({str(record.ref): one for record, one in zip(records, adapters, strict=True)})
+    if selection is not None:
+        kept = [[str(record.ref) for record in records].index(ref) for ref in selection.chosen]
+        records, adapters = [records[number] for number in kept], [adapters[number] for number in kept]
     parents = [Parent(str(record.ref), record.digest, "merged") for record in records]
     with working("merging"):
-        adapters = [hub.get(ref) for ref in refs]
-        merged = merge(adapters, method, weights=weights, parents=parents, **parameters)
+        merged = merge(adapters, method, weights=weights, parents=parents, notes=chooser.notes(selection), **parameters)
         ref = hub.put(name, merged)
-    print_ref("merged into", hub, ref, as_json)
+    if selection is None:
+        print_ref("merged into", hub, ref, as_json)
+    else:
+        print_selection(selection, hub, ref, as_json)

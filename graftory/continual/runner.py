@@ -15,7 +15,6 @@ from torch import Tensor
 from graftory.adapter import TASK_SOURCE, Adapter, Metric, check_name
 from graftory.adapters import new_adapter
 from graftory.continual.evaluation import TestSet, oracle_cell, routed_cell
-from graftory.continual.features import features_of
 from graftory.continual.freeze import must_stay
 from graftory.continual.report import Report, make_report, write_report
 from graftory.continual.router import Router, check_names
@@ -28,6 +27,7 @@ from graftory.errors import ConfigError, CorruptAdapterError
 from graftory.hub import Hub
 from graftory.schema import decode
 from graftory.training import LoadedBase, TrainSettings, load_base, train
+from graftory.training.features import features_of
 
 Progress = Callable[[Event], None]
 _HELD_OUT = 5

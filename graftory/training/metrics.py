@@ -45,6 +45,7 @@ METRICS: Mapping[str, Callable[[Values, Values], float]] = {
     "exact_match": _exact_match,
 }
 """Every metric of outputs; `loss` is not one, it comes from the model."""
+LOWER_IS_BETTER = frozenset({"loss", "mse"})
 
 
 def measure(metric: str, targets: Values, outputs: Values) -> float:

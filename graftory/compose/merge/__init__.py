@@ -28,6 +28,7 @@ def merge(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     parents: Sequence[Parent] = (),
+    notes: Mapping[str, Json] | None = None,
 ) -> Adapter:
     """Make one adapter out of several.
 
@@ -41,6 +42,7 @@ def merge(
         rank: Rank to cut the result to, for methods that can.
         parents: Where the adapters came from, one each in the same order (the hub knows the digests);
             relation and weight are filled in here.
+        notes: What else the lineage should tell, such as how the adapters were selected.
 
     Raises:
         MergeError: If the method is unknown or cannot merge these adapters; the text says why.
@@ -59,7 +61,7 @@ def merge(
     parameters = _parameters(row, rank)
     body = row.fn([body_of(adapter, i) for i, adapter in enumerate(adapters)], factors, parameters)
     task, head = merge_heads(adapters, factors)
-    recorded: dict[str, Json] = {"method": row.name, "weights": factors, **encode(parameters)}
+    recorded: dict[str, Json] = {"method": row.name, "weights": factors, **encode(parameters), **(notes or {})}
     lineage = Lineage(
         process="merge",
         parents=tuple(

@@ -29,9 +29,9 @@ def merge_heads(adapters: Sequence[Adapter], weights: Sequence[float]) -> tuple[
     if any(shape != shapes[0] for shape in shapes) or (heads[0] and total <= 0):
         return None, {}
     tensors = {
-        key: torch.stack(
-            [head[key].float() * (weight / total) for head, weight in zip(heads, weights, strict=True)]
-        ).sum(0)
+        key: torch.stack([head[key].double() * (weight / total) for head, weight in zip(heads, weights, strict=True)])
+        .sum(0)
+        .float()
         for key in heads[0]
     }
     return merged, tensors

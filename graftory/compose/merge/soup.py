@@ -34,10 +34,13 @@ def soup(bodies: Sequence[Body], weights: Sequence[float], parameters: SoupParam
         raise MergeError(f"soup: the weights sum to {total:g}, wanted more than 0, as it is a weighted mean")
     if len(bodies) > 1:
         _check_common_start(bodies)
+    # in float64, so that the soup of equal adapters is that adapter bit for bit
     tensors = {
         key: torch.stack(
-            [body.tensors[key].float() * (weight / total) for body, weight in zip(bodies, weights, strict=True)]
-        ).sum(0)
+            [body.tensors[key].double() * (weight / total) for body, weight in zip(bodies, weights, strict=True)]
+        )
+        .sum(0)
+        .float()
         for key in bodies[0].tensors
     }
     return Body("the merged adapter", bodies[0].config, tensors)

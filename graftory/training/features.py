@@ -1,4 +1,4 @@
-"""Features for the router: the mean-pooled last hidden state of the frozen base, with no adapter."""
+"""Features of texts: the mean-pooled last hidden state of the frozen base, with no adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from graftory.training import LoadedBase
 
 _MAX_LENGTH = 128
-"""One length for all rows: the task, and so its own length, is what the router is to find out."""
+"""One length for all rows, whatever their task: which task it is, is what the features are to tell."""
 
 
 def features_of(loaded: LoadedBase, texts: Sequence[Text], *, batch_size: int = 32) -> Tensor:

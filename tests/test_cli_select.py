@@ -1,0 +1,107 @@
+"""`hub merge --select` on a tiny random BERT and tasks whose words differ."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from graftory import Hub
+from graftory.cli import cli
+from tests.training_samples import save_base
+
+WORDS = {"low": range(10), "middle": range(10, 20), "high": range(20, 30)}
+
+
+def invoke(root: Path, *args: object) -> Result:
+    return CliRunner().invoke(cli, ["--registry", str(root), *map(str, args)])
+
+
+def run(root: Path, *args: object) -> Result:
+    result = invoke(root, *args)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def sentence(words: range, draw: random.Random) -> str:
+    return " ".join(f"w{draw.choice(words)}" for _ in range(6))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hub with an adapter for each domain, all from one seed, and examples of a new domain."""
+    folder = tmp_path_factory.mktemp("select")
+    base = save_base("bert", folder / "base")
+    Hub.create(folder / "hub")
+    draw = random.Random(0)
+    for name, words in WORDS.items():
+        rows = [f"{sentence(words, draw)},{'even' if number % 2 else 'odd'}" for number in range(40)]
+        for split in ("train", "test"):
+            (folder / f"{name}-{split}.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+        files = ", ".join(f"{split}: {name}-{split}.csv" for split in ("train", "test"))
+        (folder / f"{name}.yaml").write_text(f"name: {name}\nkind: classification\ndata: {{{files}}}\nlabel: label\n")
+        run(folder / "hub", "train", folder / f"{name}.yaml", "--base", base, "--name", name, "--epochs", "1")
+    lines = [sentence(WORDS["high"], draw) for _ in range(24)] + [sentence(WORDS["low"], draw) for _ in range(8)]
+    (folder / "new.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("how", ["clustering", "similarity"])
+def test_those_that_are_like_the_examples_are_merged(how: str, home: Path) -> None:
+    arguments = ["merge", *WORDS, "--method", "soup", "--select", how, "--examples", home / "new.txt", "--name", how]
+    arguments += ["--threshold", "0.5"] if how == "similarity" else []
+    found = json.loads(run(home / "hub", *arguments, "--json").output)
+    scores = {row["name"]: row["score"] for row in found["selection"]["choices"]}
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    hub = Hub.open(home / "hub")
+    lineage = hub.record(how).spec.lineage
+    chosen = [row["name"] for row in found["selection"]["choices"] if row["chosen"]]
+    assert [parent.ref for parent in lineage.parents] == chosen
+    assert lineage.parameters["select"] == how
+    assert lineage.parameters["judged"] == scores
+    if how == "clustering":
+        assert chosen[0] == "high@1"
+        assert "middle@1" not in chosen
+        assert sum(scores.values()) == pytest.approx(1)
+    else:
+        assert chosen == [name for name, score in scores.items() if score > 0.5]
+
+
+def test_a_table_says_why(home: Path) -> None:
+    out = run(home / "hub", "merge", *WORDS, "--select", "clustering", "--examples", home / "new.txt", "--name", "why")
+    lines = out.output.splitlines()
+    assert lines[0].split() == ["adapter", "merged", "because"]
+    assert lines[3].split(maxsplit=2) == ["middle@1", "no", "0% of the examples in its clusters, less than 10%"]
+    assert lines[4].startswith("merged into why@1")
+
+
+def test_greedy_tries_them_on_a_task(home: Path) -> None:
+    arguments = ["merge", *WORDS, "--method", "soup", "--select", "greedy", "--on", home / "high.yaml", "--on-rows", 20]
+    found = json.loads(run(home / "hub", *arguments, "--name", "greedy", "--json").output)["selection"]
+    scores = [row["score"] for row in found["choices"]]
+    assert scores == sorted(scores, reverse=True)
+    assert found["choices"][0]["chosen"]
+    assert Hub.open(home / "hub").record("greedy").spec.lineage.parameters["on_rows"] == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--select", "clustering"], "--select clustering needs --examples"),
+        (["--select", "greedy"], "--select greedy needs --on"),
+        (["--examples", "x.txt"], "--examples and no --select do not go together"),
+        (["--select", "greedy", "--on", "x", "--examples", "y"], "--examples and --select greedy do not go together"),
+        (["--select", "similarity", "--examples", "x.txt", "--weights", "1,1,1"], "--weights and --select"),
+        (["--most", "2"], "--most needs --select"),
+        (["--select", "similarity", "--examples", "gone.txt"], "gone.txt: cannot be read"),
+        (["--select", "similarity", "--examples", "gone.txt", "--threshold", "3"], "wanted 0 to 1"),
+    ],
+)
+def test_options_that_do_not_go_together(options: list[str], text: str, home: Path) -> None:
+    result = invoke(home / "hub", "merge", *WORDS, "--name", "never", *options)
+    assert result.exit_code == 1
+    assert text in result.stderr
+    assert "never" not in {row.name for row in Hub.open(home / "hub").index()}
