@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 
+from graftory.commands.run_file import FromFile, config_option
 from graftory.errors import ConfigError
 from graftory.schema import field_types
 
@@ -18,7 +19,7 @@ _GIVEN = "graftory.given"
 _TYPES: Mapping[Any, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT, str: click.STRING}
 
 
-class MethodCommand(click.Command):
+class MethodCommand(FromFile):
     """A command with `--method` and, joined, the options of all methods.
 
     A field made with `graftory.config.option` becomes an option; its type, default and help come from
@@ -58,7 +59,7 @@ class MethodCommand(click.Command):
         if self.settings is not None:
             options += [joined_option(name, {"": self.settings}) for name in names_of([self.settings])]
         declared = {parameter.name for parameter in self.params}
-        return [choice, *(option for option in options if option.name not in declared)]
+        return [choice, *(option for option in options if option.name not in declared), config_option()]
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters, then the derived ones, then `--help`."""

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from graftory.commands.options import joined_option, names_of
+from graftory.commands.run_file import FromFile, config_option
 
 
-class SettingsCommand(click.Command):
+class SettingsCommand(FromFile):
     """A command with an option for each field made with `graftory.config.option`; `given_settings` has their values.
 
     A field that several settings have becomes one option. One that the command declares itself is not derived.
@@ -28,7 +29,8 @@ class SettingsCommand(click.Command):
         owners: dict[str, type] = {}
         for kind in self.settings:
             owners |= {name: kind for name in names_of([kind]) if name not in owners}
-        return [joined_option(name, {"": kind}) for name, kind in owners.items() if name not in declared]
+        options = [joined_option(name, {"": kind}) for name, kind in owners.items() if name not in declared]
+        return [*options, config_option()]
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters, then the derived ones, then `--help`."""
