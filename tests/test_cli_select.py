@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from graftory import Hub
 from graftory.cli import cli
+from tests.hub_samples import lora
 from tests.training_samples import save_base
 
 WORDS = {"low": range(10), "middle": range(10, 20), "high": range(20, 30)}
@@ -105,3 +106,24 @@ def test_options_that_do_not_go_together(options: list[str], text: str, home: Pa
     assert result.exit_code == 1
     assert text in result.stderr
     assert "never" not in {row.name for row in Hub.open(home / "hub").index()}
+
+
+def test_parents_are_suggested_with_reasons(home: Path) -> None:
+    found = json.loads(run(home / "hub", "compose", "suggest", home / "high.yaml", *WORDS, "--json").output)
+    rows = {row["name"]: row for row in found["adapters"]}
+    assert found["adapters"][0]["name"] == "high@1"
+    assert rows["high@1"]["suggested"]
+    assert rows["high@1"]["share"] > 0.9
+    assert "has the same labels, so its head serves too" in rows["high@1"]["reasons"]
+    text = run(home / "hub", "compose", "suggest", home / "high.yaml", "--threshold", "1", "--min-share", "0.5").output
+    assert "hub compose fusion" in text.splitlines()[-1]
+    assert "high@1 --name NAME" in text.splitlines()[-1]
+
+
+def test_what_cannot_be_a_parent_is_left_out_and_said(home: Path, tmp_path: Path) -> None:
+    Hub.create(tmp_path / "empty")
+    result = invoke(tmp_path / "empty", "compose", "suggest", home / "high.yaml")
+    assert "the hub is empty" in result.stderr
+    Hub.open(tmp_path / "empty").put("made", lora())
+    result = invoke(tmp_path / "empty", "compose", "suggest", home / "high.yaml")
+    assert "made@1: its record does not name the task" in result.stderr

@@ -16,9 +16,10 @@ from graftory.compose import merge
 from graftory.compose.select import Domain, example_texts, greedy_soup, select
 from graftory.compose.select.domains import task_source
 from graftory.compose.select.similarity import similarities
+from graftory.compose.select.suggest import cosine, suggest
 from graftory.errors import ConfigError, DataError, MergeError
 from graftory.settings import SelectSettings
-from tests.test_compose_merge import lora
+from tests.test_compose_merge import SITES, bottleneck, delta, lora
 
 
 def cloud(centre: Sequence[float], rows: int = 60, seed: int = 0, spread: float = 0.3) -> Tensor:
@@ -149,3 +150,23 @@ def test_an_adapter_whose_record_names_no_task_is_named() -> None:
         task_source("theirs", adapter)
     lineage = Lineage(parameters={TASK_SOURCE: "wheel:trec"})
     assert task_source("x", replace(adapter, spec=replace(adapter.spec, lineage=lineage))) == "wheel:trec"
+
+
+def test_the_cosine_of_two_updates_is_that_of_their_matrices() -> None:
+    left, right = lora(1), lora(2, rank=5, alpha=3.0)
+    one, other = (torch.cat([delta(adapter, path).flatten() for path in SITES]) for adapter in (left, right))
+    assert cosine(left, right) == pytest.approx(float(one @ other / (one.norm() * other.norm())), abs=1e-9)
+    assert cosine(left, left) == pytest.approx(1)
+    assert cosine(left, bottleneck(0)) is None
+    assert cosine(left, replace(left, tensors={key: 0 * value for key, value in left.tensors.items()})) is None
+
+
+def test_of_two_adapters_with_one_update_one_is_suggested() -> None:
+    adapters = {"a": lora(1), "twin": lora(1), "other": lora(2)}
+    domains = [Domain(name, cloud(CENTRES["up"], seed=seed)) for seed, name in enumerate(adapters)]
+    found = {item.name: item for item in suggest(adapters, domains, cloud(CENTRES["up"], seed=9))}
+    assert found["other"].suggested
+    assert sorted(found[name].suggested for name in ("a", "twin")) == [False, True]
+    assert any("its update is nearly that of" in reason for name in ("a", "twin") for reason in found[name].reasons)
+    assert found["a"].nearest == "twin"
+    assert found["a"].weights == pytest.approx(1)

@@ -8,6 +8,7 @@ from importlib import import_module
 import click
 
 SUBCOMMANDS: Mapping[str, str] = {
+    "suggest": "Propose parents for a new task, with reasons.",
     "fusion": "Attend over the outputs of several adapters (AdapterFusion).",
     "attention": "Show which adapters a fusion attends to.",
     "leave-one-out": "Measure a fusion without each of its parents.",

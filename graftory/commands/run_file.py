@@ -93,7 +93,7 @@ def _read(path: Path) -> dict[str, Json]:
 
 
 def _keys(parameter: click.Parameter) -> list[str]:
-    """What a parameter is called in a file: an option by its long names, an argument by its metavar in small letters."""
+    """What a parameter is called in a file: an option by its long names, an argument by its metavar in lower case."""
     if isinstance(parameter, click.Option):
         return [name[2:] for name in parameter.opts if name.startswith("--")]
     shown = parameter.metavar or parameter.name or ""
