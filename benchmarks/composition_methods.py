@@ -1,0 +1,227 @@
+"""The methods that `composition.py` compares: each makes something that answers a target task from few rows."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from sklearn.linear_model import LogisticRegression
+
+from graftory import Adapter, BottleneckConfig
+from graftory.compose import merge
+from graftory.compose.fusion import fuse
+from graftory.compose.select import Domain, select
+from graftory.config import FusionConfig
+from graftory.data import Rows, TaskFile
+from graftory.errors import MergeError
+from graftory.settings import FusionSettings, TrainSettings
+from graftory.training import Job, LoadedBase, evaluate, train
+from graftory.training.encode import Collator, encode
+from graftory.training.features import features_of
+
+STEPS = 60
+CONFIG = BottleneckConfig(placement="pfeiffer", size=48, init_seed=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a method gets.
+
+    Attributes:
+        loaded: The base.
+        sources: Adapters of other tasks, by name, all from one initialisation.
+        domains: Features of a hundred examples of what each was trained on.
+        examples: Features of a hundred unlabelled examples of the target.
+        task: The target.
+        rows: Its few training rows.
+        test: The rows to answer.
+        seed: The seed of everything.
+    """
+
+    loaded: LoadedBase
+    sources: Mapping[str, Adapter]
+    domains: Sequence[Domain]
+    examples: torch.Tensor
+    task: TaskFile
+    rows: Rows
+    test: Rows
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What came of it.
+
+    Attributes:
+        accuracy: On the test rows.
+        parameters: How many numbers were trained.
+        seconds: How long the training for the target took.
+        note: Which adapters were taken, where that was chosen.
+    """
+
+    accuracy: float
+    parameters: int
+    seconds: float
+    note: str = ""
+
+
+def settings(given: Given, learning_rate: float, kind: type[TrainSettings] = TrainSettings) -> Any:
+    """The same number of steps for all, whatever the rows."""
+    return kind(
+        max_steps=STEPS,
+        epochs=1000.0,
+        batch_size=min(16, len(given.rows)),
+        learning_rate=learning_rate,
+        seed=given.seed,
+    )
+
+
+def measured(given: Given, adapter: Adapter) -> float:
+    """The accuracy of an adapter with its head."""
+    ((metric, *_),) = evaluate(given.loaded, [Job("x", adapter, None, given.task, given.test)])
+    return metric.value
+
+
+def tuned(given: Given, start: Adapter | None, note: str = "") -> Found:
+    """Train an adapter and a new head on the rows; a fresh adapter if there is no start."""
+    begin = time.perf_counter()
+    config = BottleneckConfig(placement=CONFIG.placement, size=CONFIG.size, init_seed=given.seed)
+    adapter = train(given.loaded, given.task, given.rows, config, settings(given, 1e-3), name="target", init=start)
+    seconds = time.perf_counter() - begin
+    return Found(measured(given, adapter), count(adapter), seconds, note)
+
+
+def count(adapter: Adapter) -> int:
+    """Numbers in an adapter and its head."""
+    return sum(value.numel() for value in adapter.tensors.values())
+
+
+def fresh(given: Given) -> Found:
+    """A new adapter."""
+    return tuned(given, None)
+
+
+def single(given: Given) -> Found:
+    """The adapter that most of the target's examples are like, trained on."""
+    best = chosen(given, "clustering")[0]
+    return tuned(given, given.sources[best], best)
+
+
+def chosen(given: Given, how: str) -> tuple[str, ...]:
+    """The adapters that a selector takes; the best one where none is good enough."""
+    from graftory.settings import SelectSettings
+
+    try:
+        return select(given.domains, given.examples, how, seed=given.seed).chosen
+    except MergeError:
+        return select(given.domains, given.examples, how, SelectSettings(threshold=-1, min_share=0, most=1)).chosen
+
+
+def merged(how: str | None, method: str = "soup", **parameters: Any) -> Callable[[Given], Found]:
+    """Adapters merged and then trained on; all of them, or those that a selector takes."""
+
+    def run(given: Given) -> Found:
+        names = tuple(given.sources) if how is None else chosen(given, how)
+        bodies = [headless(given.sources[name]) for name in names]
+        return tuned(given, merge(bodies, method, **parameters), " ".join(names))
+
+    return run
+
+
+def headless(adapter: Adapter) -> Adapter:
+    """Without its head: a merge of different tasks has none."""
+    from dataclasses import replace
+
+    return Adapter(replace(adapter.spec, task=None), adapter.body_tensors())
+
+
+def fusion(given: Given) -> Found:
+    """AdapterFusion of all sources."""
+    begin = time.perf_counter()
+    fused = fuse(
+        given.loaded,
+        given.task,
+        given.rows,
+        list(given.sources.values()),
+        FusionConfig(init_seed=given.seed),
+        settings(given, 1e-3, FusionSettings),
+    )
+    seconds = time.perf_counter() - begin
+    return Found(measured(given, fused), count(fused), seconds)
+
+
+def probe(given: Given) -> Found:
+    """A logistic regression on the mean-pooled last states of the frozen base."""
+    begin = time.perf_counter()
+    x, y = features_of(given.loaded, given.rows.texts).numpy(), np.array(given.rows.targets)
+    model = LogisticRegression(max_iter=2000).fit(x, y)
+    seconds = time.perf_counter() - begin
+    right = model.predict(features_of(given.loaded, given.test.texts).numpy()) == np.array(given.test.targets)
+    return Found(float(right.mean()), int(model.coef_.size + model.intercept_.size), seconds)
+
+
+def full(given: Given) -> Found:
+    """Every weight of the base and a new head, by transformers alone."""
+    torch.manual_seed(given.seed)
+    info = given.rows.info(given.task)
+    model: Any = copy.deepcopy(given.loaded.model)
+    model.num_labels = model.config.num_labels = len(info.labels)
+    model.classifier = torch.nn.Linear(model.config.hidden_size, len(info.labels))
+    torch.nn.init.normal_(model.classifier.weight, std=0.02)
+    torch.nn.init.zeros_(model.classifier.bias)
+    tokenizer: Any = given.loaded.tokenizer
+
+    def examples(rows: Rows, *, labelled: bool) -> list[Any]:
+        return [
+            encode(tokenizer, info, text, target if labelled else None)
+            for text, target in zip(rows.texts, rows.targets, strict=True)
+        ]
+
+    arguments = transformers.TrainingArguments(
+        output_dir="unused",
+        max_steps=STEPS,
+        per_device_train_batch_size=min(16, len(given.rows)),
+        learning_rate=1e-4,
+        warmup_steps=4,
+        seed=given.seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        use_cpu=True,
+    )
+    collator = Collator(tokenizer.pad_token_id)
+    begin = time.perf_counter()
+    transformers.Trainer(
+        model, arguments, data_collator=collator, train_dataset=examples(given.rows, labelled=True)
+    ).train()
+    seconds = time.perf_counter() - begin
+    model.eval()
+    batches = examples(given.test, labelled=False)
+    with torch.inference_mode():
+        answers = [
+            int(answer)
+            for start in range(0, len(batches), 32)
+            for answer in model(**collator(batches[start : start + 32])).logits.argmax(-1)
+        ]
+    right = [answer == target for answer, target in zip(answers, given.test.targets, strict=True)]
+    return Found(sum(right) / len(right), sum(p.numel() for p in model.parameters()), seconds)
+
+
+METHODS: dict[str, Callable[[Given], Found]] = {
+    "linear probe": probe,
+    "full fine-tuning": full,
+    "fresh adapter": fresh,
+    "single adapter, by clustering": single,
+    "AdapterFusion": fusion,
+    "soup, uniform": merged(None),
+    "soup, similarity": merged("similarity"),
+    "soup, clustering": merged("clustering"),
+}
+"""In the order of the table; the first is cheap, the third is what the others are compared with."""
