@@ -196,8 +196,46 @@ class FusionConfig(ComposedConfig):
         return {f"{place.path}.{part}": shape for place in self.places for part, shape in place.shapes().items()}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmopConfig(ComposedConfig):
+    """SMoP (Choi et al., EMNLP 2023): k short prompts at the input, of which a router picks one for each row.
+
+    With one prompt it is plain prompt tuning (Lester et al. 2021, arXiv:2104.08691), the baseline of the paper: there
+    is nothing to route, so it has no router.
+    """
+
+    method: ClassVar[str] = "smop"
+
+    prompts: int = option("k, the prompts that rows are routed to; 1 is plain prompt tuning", 4)
+    length: int = option("l, the soft tokens of each prompt", 5)
+    noise: float = option("standard deviation of the factor on the router's logits while training", 1.0)
+    spread: float = option("standard deviation of fresh prompts", 1.0)
+    width: int = 0
+    """d, the width of the input embeddings; filled in from the base."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "length"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted 1 or more")
+        for name in ("noise", "spread"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name}: got {value}, wanted a finite number of 0 or more")
+        if self.width < 0 or (self.width and len(self.targets) != 1):
+            raise ConfigError(f"targets: got {len(self.targets)}, wanted the input embeddings alone")
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shapes of the tensors, by their names behind the path of the input embeddings."""
+        shapes: dict[str, Shape] = {"smop_prompts": (self.prompts, self.length, self.width)}
+        return shapes if self.prompts == 1 else {**shapes, "smop_router.weight": (self.prompts, self.width)}
+
+    def tensor_shapes(self) -> Mapping[str, Shape]:
+        """See `ComposedConfig`."""
+        return {f"{path}.{part}": shape for path in self.targets for part, shape in self.shapes().items()}
+
+
 CONFIGS: Mapping[str, type[AdapterConfig]] = {
-    kind.method: kind for kind in (LoraConfig, BottleneckConfig, FusionConfig)
+    kind.method: kind for kind in (LoraConfig, BottleneckConfig, FusionConfig, SmopConfig)
 }
 """Every method that can be stored, by name."""
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from graftory.config import option
 from graftory.errors import ConfigError
+
+Optimizer = Literal["adamw", "adafactor"]
+"""Adafactor (Shazeer and Stern 2018) with a given learning rate: no relative step, no scaling by the parameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +22,8 @@ class TrainSettings:
     accumulation: int = option("batches a step", 1)
     max_steps: int | None = option("stop after so many steps, whatever the epochs", None)
     warmup: float = option("share of the steps in which the learning rate rises; then it falls linearly to 0", 0.06)
-    weight_decay: float = option("decoupled weight decay (AdamW)", 0.01)
+    weight_decay: float = option("decoupled weight decay", 0.01)
+    optimizer: Optimizer = option("what takes the steps", "adamw")
     gradient_clip: float = option("largest norm of the gradient", 1.0)
     gradient_checkpointing: bool = option("save memory by running the forward twice", False)
     bf16: bool = option("mixed precision in bfloat16", False)
@@ -46,6 +51,25 @@ class FusionSettings(TrainSettings):
 
     epochs: float = option("passes over the training rows", 5.0)
     learning_rate: float = option("highest learning rate (the paper's, for BERT-base, is 5e-5)", 1e-3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmopSettings(TrainSettings):
+    """How SMoP is trained: the paper's recipe for T5, with a rate of its own for a fresh head.
+
+    The paper: Adafactor, learning rate 0.5, weight decay 1e-5, warm-up 6 %; its T5 answers in words and has no head.
+    """
+
+    epochs: float = option("passes over the training rows", 10.0)
+    learning_rate: float = option("highest learning rate of prompts and router", 0.5)
+    head_learning_rate: float = option("highest learning rate of the head", 2e-3)
+    weight_decay: float = option("decoupled weight decay", 1e-5)
+    optimizer: Optimizer = option("what takes the steps", "adafactor")
+
+    def __post_init__(self) -> None:
+        TrainSettings.__post_init__(self)
+        if not self.head_learning_rate > 0:
+            raise ConfigError(f"head_learning_rate: got {self.head_learning_rate}, wanted more than 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from graftory.adapters.bottleneck import BOTTLENECK
 from graftory.adapters.fusion import FUSION
 from graftory.adapters.lora import LORA
 from graftory.adapters.method import Method
+from graftory.adapters.smop import SMOP
 
-METHODS: Mapping[str, Method] = {method.name: method for method in (LORA, BOTTLENECK, FUSION)}
+METHODS: Mapping[str, Method] = {method.name: method for method in (LORA, BOTTLENECK, FUSION, SMOP)}
 """Every method that can be attached, by name."""

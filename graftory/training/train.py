@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from graftory.data import Rows, TaskFile
 from graftory.errors import ConfigError
 from graftory.schema import Json, canonical
 from graftory.schema import encode as to_json
-from graftory.settings import TrainSettings
+from graftory.settings import Optimizer, TrainSettings
 from graftory.training.base import LoadedBase
 from graftory.training.encode import Collator, encode
 from graftory.training.progress import TrainingProgress
@@ -28,6 +28,8 @@ from graftory.training.trainer import NO_HOOKS, AdapterTrainer, Hooks, last_chec
 from graftory.versions import library_versions
 
 _RUN_FILE = "run.json"
+_OPTIMIZERS: Mapping[Optimizer, str] = {"adamw": "adamw_torch_fused", "adafactor": "adafactor"}
+"""What transformers calls them."""
 
 
 def train(
@@ -107,6 +109,7 @@ def _arguments(settings: TrainSettings, folder: Path, *, keep: bool) -> Training
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
+        optim=_OPTIMIZERS[settings.optimizer],
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,

@@ -55,6 +55,8 @@ class Hooks:
     on_gradients: tuple[GradientHook, ...] = ()
     undecayed: tuple[str, ...] = ()
     """Ends of the names of weights that get no weight decay."""
+    head_rate: float | None = None
+    """Highest learning rate of the head, if it is not that of the rest."""
 
 
 NO_HOOKS = Hooks()
@@ -112,6 +114,19 @@ class AdapterTrainer(Trainer):
         """The weights that decay: transformers' choice, without those of the hooks."""
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith(self.hooks.undecayed or "\n")]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the settings; heads are in groups of their own if they have a rate of their own."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.hooks.head_rate is not None:
+            heads = {weight for weight in self.adapted.heads.parameters() if weight.requires_grad}
+            for group in list(optimizer.param_groups):
+                rest = [weight for weight in group["params"] if weight not in heads]
+                apart = {**group, "params": [weight for weight in group["params"] if weight in heads]}
+                group["params"] = rest
+                if apart["params"]:
+                    optimizer.add_param_group({**apart, "lr": self.hooks.head_rate})
+        return optimizer
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Protocol
 
 from graftory.adapter import Adapter, AdapterSpec
-from graftory.config import AdapterConfig, BottleneckConfig, FusionConfig, LoraConfig
+from graftory.config import AdapterConfig, BottleneckConfig, FusionConfig, LoraConfig, SmopConfig
 from graftory.errors import CorruptAdapterError, DataError, UnsupportedAdapterError
 from graftory.hub.codecs.composed import ComposedCodec
 from graftory.hub.codecs.native import NativeCodec
@@ -63,6 +63,7 @@ CODECS: Mapping[type[AdapterConfig], Codec] = {
     LoraConfig: PeftCodec(),
     BottleneckConfig: NativeCodec(),
     FusionConfig: _COMPOSED,
+    SmopConfig: _COMPOSED,
 }
 """The codec of every method."""
 
