@@ -197,7 +197,7 @@ class PromptSite(Site[SmopConfig]):
     def _prompts(self, selection: Selection, embedded: Tensor, mask: Tensor, slots: Slots) -> Tensor:
         """What fills the slots, [rows, size, d]."""
         rows, readable, watcher = _rows(selection), _READABLE.get(), _WATCHER.get()
-        if readable is not None and readable.shape == mask.shape:
+        if readable is not None:
             mask = mask * readable.to(mask.dtype)
         means = mean_embedding(embedded.detach(), mask)
         filled = embedded.new_zeros(len(embedded), slots.size, embedded.shape[-1])

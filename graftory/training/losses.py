@@ -71,3 +71,9 @@ def model_inputs(kind: TaskKind, batch: Mapping[str, Tensor]) -> dict[str, Tenso
     """What the model is called with. Only a sequence-to-sequence model sees the labels: it makes its decoder's
     inputs from them."""
     return {name: value for name, value in batch.items() if name != "labels" or kind == "seq2seq"}
+
+
+def readable_tokens(kind: TaskKind, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The tokens by which a router may choose, [rows, length]: of a causal language model those that it is not to
+    predict, else all (None)."""
+    return batch["labels"].eq(IGNORED) if kind == "causal_lm" and "labels" in batch else None

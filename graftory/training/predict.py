@@ -12,11 +12,12 @@ from torch import Tensor
 
 from graftory.adapter import Adapter, TaskInfo, TaskKind
 from graftory.adapters import AdaptedModel
+from graftory.adapters.smop import reading
 from graftory.data import Text
 from graftory.errors import ConfigError
 from graftory.training.base import LoadedBase, quiet
 from graftory.training.encode import Collator, Example, encode
-from graftory.training.losses import model_inputs, row_losses
+from graftory.training.losses import model_inputs, readable_tokens, row_losses
 
 _HEADED = ("classification", "regression")
 
@@ -96,7 +97,7 @@ def score(loaded: LoadedBase, queries: Sequence[Query], *, batch_size: int = 32)
 
     def run(adapted: AdaptedModel, batch: Mapping[str, Tensor], part: Sequence[Query]) -> list[Scored]:
         kind = part[0].info.kind
-        with torch.no_grad():
+        with torch.no_grad(), reading(readable_tokens(kind, batch)):
             logits = adapted(**model_inputs(kind, batch)).logits
         if kind not in _HEADED:
             losses = row_losses(kind, logits, batch["labels"])

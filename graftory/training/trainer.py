@@ -18,9 +18,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from graftory.adapter import TaskKind
 from graftory.adapters import AdaptedModel
+from graftory.adapters.smop import reading
 from graftory.errors import ConfigError, CorruptAdapterError
 from graftory.training.encode import Collator, Example
-from graftory.training.losses import model_inputs, row_losses
+from graftory.training.losses import model_inputs, readable_tokens, row_losses
 from graftory.training.sampler import LengthSampler
 
 CHECKPOINT_FILE = "adapter.safetensors"
@@ -143,7 +144,8 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss plus every named loss term."""
-        outputs = model(**model_inputs(self.kind, inputs))
+        with reading(readable_tokens(self.kind, inputs)):
+            outputs = model(**model_inputs(self.kind, inputs))
         terms = {"task": row_losses(self.kind, outputs.logits, inputs["labels"]).mean()}
         context = StepContext(self.adapted, inputs, outputs, self.state.global_step)
         for term in self.hooks.loss_terms:
