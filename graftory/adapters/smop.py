@@ -54,7 +54,7 @@ PROMPTS, ROUTER = "smop_prompts", "smop_router.weight"
 class RoutingWatcher(Protocol):
     """Something that is shown how rows are routed."""
 
-    def __call__(self, owner: int, slot: str, rows: Tensor, weights: Tensor) -> None:
+    def __call__(self, owner: int, slot: str, rows: Tensor, weights: Tensor, /) -> None:
         """Take w [entries, k]; entry i is row `rows[i]` of the batch."""
 
 

@@ -12,6 +12,8 @@ SUBCOMMANDS: Mapping[str, str] = {
     "fusion": "Attend over the outputs of several adapters (AdapterFusion).",
     "attention": "Show which adapters a fusion attends to.",
     "leave-one-out": "Measure a fusion without each of its parents.",
+    "smop": "Train short prompts and a router that picks one for each row (SMoP).",
+    "routing": "Show which prompt of a SMoP takes which rows.",
 }
 """Each is `command` in the module of its name (- as _) in `graftory.commands.composers`; its help begins with this."""
 

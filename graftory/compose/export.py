@@ -14,13 +14,16 @@ from graftory.adapter import Adapter, TaskInfo
 from graftory.adapters import AdaptedModel, base_of, is_adapted
 from graftory.adapters.architectures import is_linear, module_at
 from graftory.compose.card import save_export
-from graftory.config import LoraConfig
+from graftory.config import AdapterConfig, LoraConfig, SmopConfig
 from graftory.errors import BaseMismatchError, MergeError, ShapeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["ExportCheck", "export", "save_export", "verify_export"]
+
+_OBSTACLES: Mapping[type[AdapterConfig], str] = {SmopConfig: "is a prompt in the input"}
+"""Why an adapter cannot be folded in, where it is another reason than most have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,8 @@ def export(model: PreTrainedModel, adapter: Adapter, *, head: Adapter | None = N
     config = adapter.spec.config
     if not isinstance(config, LoraConfig):
         raise MergeError(
-            f"a {config.method} adapter has a non-linearity, so no weight of the base can hold it; export a lora "
-            "adapter, or serve this one with attach()"
+            f"a {config.method} adapter {_OBSTACLES.get(type(config), 'has a non-linearity')}, so no weight of the base "
+            "can hold it; export a lora adapter, or serve this one with attach()"
         )
     plain = copy.deepcopy(model)
     names = _names_by_parameter(plain)
