@@ -56,8 +56,8 @@ def export(model: PreTrainedModel, adapter: Adapter, *, head: Adapter | None = N
     config = adapter.spec.config
     if not isinstance(config, LoraConfig):
         raise MergeError(
-            f"a {config.method} adapter {_OBSTACLES.get(type(config), 'has a non-linearity')}, so no weight of the base "
-            "can hold it; export a lora adapter, or serve this one with attach()"
+            f"a {config.method} adapter {_OBSTACLES.get(type(config), 'has a non-linearity')}, so no weight of the "
+            "base can hold it; export a lora adapter, or serve this one with attach()"
         )
     plain = copy.deepcopy(model)
     names = _names_by_parameter(plain)
