@@ -92,7 +92,7 @@ def tuned(given: Given, start: Adapter | None, note: str = "") -> Found:
     """Train an adapter and a new head on the rows; a fresh adapter if there is no start."""
     begin = time.perf_counter()
     config = BottleneckConfig(placement=CONFIG.placement, size=CONFIG.size, init_seed=given.seed)
-    adapter = train(given.loaded, given.task, given.rows, config, settings(given, 1e-3), name="target", init=start)
+    adapter = train(given.loaded, given.task, given.rows, config, settings(given, 3e-3), name="target", init=start)
     seconds = time.perf_counter() - begin
     return Found(measured(given, adapter), count(adapter), seconds, note)
 
