@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,6 +17,7 @@ from graftory.adapters.fingerprint import base_of
 from graftory.adapters.head import HeadSite
 from graftory.adapters.route import Attached, Row, make_route, routed
 from graftory.adapters.site import Site
+from graftory.adapters.smop import now_readable, reading
 from graftory.adapters.table import METHODS
 from graftory.errors import BaseMismatchError, RouteError
 
@@ -67,7 +69,12 @@ class AdaptedModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the base model's `generate` takes and returns; beams follow their row's adapter."""
         model: Any = self.model
-        return model.generate(*args, **kwargs)
+        named = (kwargs.get(key) for key in ("inputs", "input_ids"))
+        asked = next((each for each in (*args[:1], *named) if each is not None), None)
+        # what is written must not change the choice of a prompt, whether a cache keeps it or not
+        choose_by = asked if now_readable() is None and not self.config.is_encoder_decoder else None
+        with reading(now_readable() if choose_by is None else torch.ones_like(choose_by)):
+            return model.generate(*args, **kwargs)
 
     def spec(self, name: str) -> AdapterSpec:
         """The specification of an attached adapter."""

@@ -22,7 +22,8 @@ In a mixed batch the rows without a prompt get masked slots, and are what they a
 a prompt the model is called as it is.
 
 A decoder must not choose a prompt by the tokens that it is about to predict: they would be seen through the choice.
-Training and evaluation say with `reading` which tokens may be read; whoever calls a model on text alone need not.
+Training, evaluation and `generate` say with `reading` which tokens may be read; whoever calls a model on text alone
+need not.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import module_at
@@ -72,9 +74,17 @@ def routing_watched(watcher: RoutingWatcher) -> Iterator[None]:
         _WATCHER.reset(token)
 
 
+def now_readable() -> Tensor | None:
+    """What `reading` says at present."""
+    return _READABLE.get()
+
+
 @contextmanager
 def reading(tokens: Tensor | None) -> Iterator[None]:
-    """Let routers inside the `with` read only these tokens, [rows, length]; None: all that are no padding."""
+    """Let routers inside the `with` read only these tokens, [rows, length]; None: all that are no padding.
+
+    Tokens behind them, as they come while writing, are not read; rows may come repeated in place, as beams do.
+    """
     token = _READABLE.set(tokens)
     try:
         yield
@@ -196,9 +206,9 @@ class PromptSite(Site[SmopConfig]):
 
     def _prompts(self, selection: Selection, embedded: Tensor, mask: Tensor, slots: Slots) -> Tensor:
         """What fills the slots, [rows, size, d]."""
-        rows, readable, watcher = _rows(selection), _READABLE.get(), _WATCHER.get()
+        rows, readable, watcher = _rows(selection), now_readable(), _WATCHER.get()
         if readable is not None:
-            mask = mask * readable.to(mask.dtype)
+            mask = mask * _fitting(readable, mask)
         means = mean_embedding(embedded.detach(), mask)
         filled = embedded.new_zeros(len(embedded), slots.size, embedded.shape[-1])
         for number, slot in enumerate(selection.slots):
@@ -247,6 +257,12 @@ class PromptSite(Site[SmopConfig]):
             raise RouteError("the encoder's output was made without this route's prompts; run the encoder again")
         values["encoder_attention_mask"] = slots.insert(mask, slots.used())
         return (), values
+
+
+def _fitting(readable: Tensor, mask: Tensor) -> Tensor:
+    """What may be read of rows that were repeated in place and went on growing."""
+    rows = readable.to(mask.device, mask.dtype).repeat_interleave(len(mask) // len(readable), dim=0)
+    return functional.pad(rows, (0, mask.shape[1] - rows.shape[1]))
 
 
 def _rows(selection: Selection) -> Tensor:
