@@ -405,6 +405,9 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(UnsupportedAdapterError, match="attention mask of the shape"), adapted.route("a"):
         adapted(input_ids=batch["input_ids"], attention_mask=torch.ones(2, 1, 10, 10))
     adapted.detach()
+    written = attach(writer("llama"), {"a": lively(writer("llama"))})
+    with pytest.raises(UnsupportedAdapterError, match="a static cache has no room"), written.route("a"):
+        written.generate(input_ids=batch["input_ids"][:1, :4], max_new_tokens=2, cache_implementation="static")
     with pytest.raises(UnsupportedAdapterError, match="no prompts for architecture 'vit'"):
         new_smop(tiny_model("vit"))
     wrong = {key: value[..., :16] for key, value in adapter.tensors.items()}

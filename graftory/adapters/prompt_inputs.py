@@ -90,15 +90,14 @@ def mask_of(values: dict[str, Any], tokens: Tensor) -> Tensor:
     """The attention mask [rows, tokens] that a model was called with, or ones.
 
     Raises:
-        UnsupportedAdapterError: If it has another shape, as masks for static caches do.
+        UnsupportedAdapterError: If it has another shape.
     """
     mask = values.get("attention_mask")
     if mask is None:
         return torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise UnsupportedAdapterError(
-            "prompts need an attention mask of the shape (rows, tokens); pass such a one, and generate with the "
-            "default cache"
+            "prompts need an attention mask of the shape (rows, tokens), 1 for what may be seen; pass such a one"
         )
     return mask
 

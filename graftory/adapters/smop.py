@@ -188,6 +188,10 @@ class PromptSite(Site[SmopConfig]):
             return None
         slots = self._slots(selection, tokens)
         cache = values.get("past_key_values")
+        if getattr(cache, "is_compileable", False):
+            raise UnsupportedAdapterError(
+                "a static cache has no room for prompts; generate with the default cache, which grows"
+            )
         past = int(cache.get_seq_length()) if cache is not None else 0
         if past:
             if self.caches.get(cache) != slots.size:
