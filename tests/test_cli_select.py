@@ -127,3 +127,26 @@ def test_what_cannot_be_a_parent_is_left_out_and_said(home: Path, tmp_path: Path
     Hub.open(tmp_path / "empty").put("made", lora())
     result = invoke(tmp_path / "empty", "compose", "suggest", home / "high.yaml")
     assert "made@1: its record does not name the task" in result.stderr
+
+
+def test_aligned_by_activations_of_examples(home: Path) -> None:
+    arguments = ["merge", "low", "high", "--method", "mera", "--by", "activations", "--examples", home / "new.txt"]
+    run(home / "hub", *arguments, "--name", "aligned")
+    lineage = Hub.open(home / "hub").record("aligned").spec.lineage
+    assert lineage.parameters["by"] == "activations"
+    assert lineage.parameters["examples"] == str(home / "new.txt")
+    refused = invoke(home / "hub", "merge", "low", "high", "--method", "mera", "--by", "activations", "--name", "never")
+    assert "give --examples" in refused.stderr
+
+
+def test_only_adapters_of_the_track_are_merged_and_the_best_anchor_is_found(home: Path) -> None:
+    arguments = ["merge", *WORDS, "--method", "mera", "--select", "same-track", "--on", home / "high.yaml"]
+    arguments += ["--anchor", "0", "--on-rows", "20", "--name", "family"]
+    found = json.loads(run(home / "hub", *arguments, "--json").output)
+    assert all(row["chosen"] for row in found["selection"]["choices"])
+    parameters = Hub.open(home / "hub").record("family").spec.lineage.parameters
+    scores = parameters["anchors"]
+    assert len(scores) == 3
+    assert parameters["anchor"] == scores.index(max(scores)) + 1
+    refused = invoke(home / "hub", "merge", *WORDS, "--method", "mera", "--anchor", "0", "--name", "never")
+    assert "--anchor 0 needs --on" in refused.stderr

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftory.adapter import TASK_SOURCE, Adapter, Lineage, TaskInfo
+from graftory.adapter import TASK_SOURCE, Adapter, Lineage, TaskInfo, TaskKind
 from graftory.compose import merge
-from graftory.compose.select import Domain, example_texts, greedy_soup, select
+from graftory.compose.merge.mera import MeraParameters
+from graftory.compose.select import Domain, example_texts, greedy_soup, same_track, select
 from graftory.compose.select.domains import task_source
+from graftory.compose.select.greedy import best_anchor
 from graftory.compose.select.similarity import similarities
 from graftory.compose.select.suggest import cosine, suggest
 from graftory.errors import ConfigError, DataError, MergeError
@@ -170,3 +172,37 @@ def test_of_two_adapters_with_one_update_one_is_suggested() -> None:
     assert any("its update is nearly that of" in reason for name in ("a", "twin") for reason in found[name].reasons)
     assert found["a"].nearest == "twin"
     assert found["a"].weights == pytest.approx(1)
+
+
+def test_the_track_is_that_of_the_labels() -> None:
+    def of(kind: TaskKind, *labels: str) -> TaskInfo:
+        return TaskInfo("t", kind, labels=labels)
+
+    adapters = {
+        "same": lora(1, task=of("classification", "bad", "good")),
+        "turned": lora(2, task=of("classification", "good", "bad")),
+        "other": lora(3, task=of("classification", "spam", "ham")),
+        "number": lora(4, task=of("regression")),
+        "unknown": lora(5),
+    }
+    found = same_track(adapters, of("classification", "bad", "good"))
+    assert found.chosen == ("same", "turned")
+    assert {choice.name: choice.reason for choice in found.choices}["unknown"] == "no task is recorded"
+    with pytest.raises(MergeError, match="no adapter was trained for causal_lm"):
+        same_track(adapters, of("causal_lm"))
+
+
+def test_the_best_anchor_is_the_one_whose_merge_scores_best() -> None:
+    adapters = [lora(1), lora(2), lora(3)]
+    wanted = merge(adapters, "mera", parameters=MeraParameters(anchor=2)).tensors
+
+    def score(adapter: Adapter) -> float:
+        return -sum(float((adapter.tensors[key] - value).norm()) for key, value in wanted.items())
+
+    parameters, scores = best_anchor(adapters, score, MeraParameters(anchor=0, cost_of="all"))
+    assert parameters == MeraParameters(anchor=scores.index(max(scores)) + 1, cost_of="all")
+    parameters, scores = best_anchor(adapters, score, MeraParameters(anchor=0))
+    assert parameters.anchor == 2
+    assert scores[1] == 0
+    with pytest.raises(MergeError, match="best_anchor tries all"):
+        merge(adapters, "mera", parameters=MeraParameters(anchor=0))

@@ -54,6 +54,7 @@ COMPOSED: Mapping[str, tuple[str, Make]] = {
     "fused": ("composed", fused),
     "soup": ("merged", merged("soup")),
     "sum": ("merged", merged("linear")),
+    "aligned": ("merged", merged("mera")),
 }
 """The relation of the parents, and how each is made."""
 

@@ -79,6 +79,7 @@ class BottleneckSite(FusableSite[BottleneckConfig]):
         slots = selection.slots
         if slots[0] in self.fusions:
             return self.fused_update(x, selection)
+        self.show(x)
         config = self.configs[slots[0]]
         act = ACT2FN[config.activation]
         rate = config.dropout if self.training else 0.0

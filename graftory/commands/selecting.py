@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,15 @@ from graftory.schema import Json
 from graftory.settings import SelectSettings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from graftory.compose.merge.mera import MeraParameters
     from graftory.compose.select import Selection
     from graftory.hub import Hub
 
 
-_GO_WITH: Mapping[str | None, set[str]] = {None: set(), "greedy": {"--on", "--on-rows"}}
+_ON = {"--on", "--on-rows"}
+_GO_WITH: Mapping[str | None, set[str]] = {None: set(), "greedy": _ON, "same-track": _ON}
 """Options that go with each `--select`; those by examples have two others."""
 
 
@@ -27,13 +31,14 @@ class Chooser:
     """What was asked for.
 
     Attributes:
-        method: `clustering`, `similarity`, `greedy`; None to merge all.
+        method: `clustering`, `similarity`, `greedy`, `same-track`; None to merge all.
         examples: Examples of the new domain, for the first two.
         encoder: The model that encodes them; None for the adapters' base.
-        on: The task whose training rows decide, for `greedy`.
+        on: The task whose training rows decide, for `greedy` and the best anchor, or whose labels, for `same-track`.
         rows: How many of them.
         seed: Which examples and rows, and the clustering's.
         merge_method: How the adapters are merged, for `greedy`.
+        anchored: Whether the best anchor is wanted, which needs `on`.
     """
 
     method: str | None
@@ -43,6 +48,7 @@ class Chooser:
     rows: int | None
     seed: int
     merge_method: str
+    anchored: bool = False
 
     def check(self, weights: Sequence[float] | None) -> None:
         """Refuse options that do not go together.
@@ -52,6 +58,9 @@ class Chooser:
         """
         given = {"--examples": self.examples, "--encoder": self.encoder, "--on": self.on, "--on-rows": self.rows}
         wanted = _GO_WITH.get(self.method, {"--examples", "--encoder"})
+        wanted = wanted | _ON if self.anchored else wanted
+        if self.anchored and self.on is None:
+            raise ConfigError("--anchor 0 needs --on, the task whose rows tell which anchor is best")
         odd = sorted(name for name, value in given.items() if value is not None and name not in wanted)
         if odd:
             which = f"--select {self.method}" if self.method else "no --select"
@@ -62,7 +71,7 @@ class Chooser:
                     f"--{next(iter(given_settings(SelectSettings)))} needs --select; see hub merge --help"
                 )
             return
-        needed = "--on" if self.method == "greedy" else "--examples"
+        needed = "--on" if "--on" in _GO_WITH.get(self.method, set()) else "--examples"
         if given[needed] is None:
             raise ConfigError(f"--select {self.method} needs {needed}; see hub merge --help")
         if weights is not None:
@@ -76,7 +85,9 @@ class Chooser:
         """
         if self.method is None:
             return None
-        return self._by_trying(adapters) if self.method == "greedy" else self._by_examples(adapters, self.method)
+        ways = {"greedy": self._by_trying, "same-track": self._by_track}
+        way = ways.get(self.method)
+        return way(adapters) if way else self._by_examples(adapters, self.method)
 
     def notes(self, selection: Selection | None) -> dict[str, Json]:
         """What the lineage tells of it."""
@@ -106,23 +117,60 @@ class Chooser:
 
     def _by_trying(self, adapters: Mapping[str, Adapter]) -> Selection:
         from graftory.compose.select import greedy_soup
+
+        score = self._score(next(iter(adapters.values())))
+        settings = SelectSettings(**given_settings(SelectSettings))
+        with working(f"trying {len(adapters)} adapters"):
+            return greedy_soup(adapters, score, method=self.merge_method, most=settings.most)
+
+    def _by_track(self, adapters: Mapping[str, Adapter]) -> Selection:
+        from graftory.compose.select import same_track
+        from graftory.data import load_rows, load_task
+
+        task = load_task(str(self.on))
+        return same_track(adapters, load_rows(task, "train", limit=1).info(task))
+
+    def best_anchor(
+        self, adapters: Sequence[Adapter], parameters: MeraParameters, inputs: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[MeraParameters, list[float]]:
+        """The anchor of `mera` whose merge is best on the task, and the score of each."""
+        from graftory.compose.select.greedy import best_anchor
+
+        score = self._score(adapters[0])
+        with working(f"trying {len(adapters)} anchors"):
+            return best_anchor(adapters, score, parameters, inputs)
+
+    def _score(self, like: Adapter) -> Callable[[Adapter], float]:
+        """What measures adapters on the task, higher is better; it loads the base once."""
         from graftory.data import load_rows, load_task
         from graftory.training import Job, evaluate, load_base
         from graftory.training.metrics import LOWER_IS_BETTER
 
         task = load_task(str(self.on))
         rows = load_rows(task, "train", limit=self.rows, seed=self.seed)
-        first = next(iter(adapters.values()))
-        with working(f"loading {first.spec.base.id}"):
-            loaded = load_base(first.spec.base.id, task.kind)
+        with working(f"loading {like.spec.base.id}"):
+            loaded = load_base(like.spec.base.id, task.kind)
 
         def score(adapter: Adapter) -> float:
             (metrics,) = evaluate(loaded, [Job("candidate", adapter, None, task, rows)])
             return -metrics[0].value if metrics[0].name in LOWER_IS_BETTER else metrics[0].value
 
-        settings = SelectSettings(**given_settings(SelectSettings))
-        with working(f"trying {len(adapters)} adapters on {len(rows)} rows"):
-            return greedy_soup(adapters, score, method=self.merge_method, most=settings.most)
+        return score
+
+
+def recorded_inputs(adapters: Sequence[Adapter], examples: str, seed: int) -> list[dict[str, Tensor]]:
+    """What each adapter reads at its sites, for a hundred examples."""
+    from graftory.compose import record_inputs
+    from graftory.compose.select import example_texts
+    from graftory.training import load_base
+
+    given = given_settings(SelectSettings)
+    texts = example_texts(examples, SelectSettings(**given).per_domain, seed=seed)
+    first = adapters[0].spec
+    with working(f"loading {first.base.id}"):
+        loaded = load_base(first.base.id, first.task.kind if first.task else "classification")
+    with working(f"recording what {len(adapters)} adapters read of {len(texts)} examples"):
+        return [record_inputs(loaded, adapter, texts) for adapter in adapters]
 
 
 def print_selection(selection: Selection, hub: Hub, ref: AdapterRef, as_json: bool) -> None:

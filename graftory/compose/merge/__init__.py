@@ -6,16 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
+from torch import Tensor
+
 from graftory.adapter import Adapter, AdapterSpec, Lineage, Parent
 from graftory.compose.merge.base import Body, MergeMethod, MergeParameters, body_of
 from graftory.compose.merge.heads import common_base, merge_heads
 from graftory.compose.merge.linear import LINEAR
+from graftory.compose.merge.mera import MERA
 from graftory.compose.merge.soup import SOUP
 from graftory.errors import MergeError
 from graftory.schema import Json, decode, encode
 from graftory.versions import library_versions
 
-METHODS: Mapping[str, MergeMethod] = {row.name: row for row in (LINEAR, SOUP)}
+METHODS: Mapping[str, MergeMethod] = {row.name: row for row in (LINEAR, SOUP, MERA)}
 """Every merge method, by name."""
 
 __all__ = ["METHODS", "Body", "MergeMethod", "MergeParameters", "merge"]
@@ -27,6 +30,8 @@ def merge(
     *,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
+    parameters: MergeParameters | None = None,
+    inputs: Sequence[Mapping[str, Tensor]] = (),
     parents: Sequence[Parent] = (),
     notes: Mapping[str, Json] | None = None,
 ) -> Adapter:
@@ -40,6 +45,8 @@ def merge(
         method: A row of `METHODS`.
         weights: One each; by default 1/n.
         rank: Rank to cut the result to, for methods that can.
+        parameters: Parameters of the method, of its own class (`METHODS[method].params`).
+        inputs: What each adapter reads at its sites, for methods that look at it (`record_inputs`).
         parents: Where the adapters came from, one each in the same order (the hub knows the digests);
             relation and weight are filled in here.
         notes: What else the lineage should tell, such as how the adapters were selected.
@@ -58,10 +65,13 @@ def merge(
         raise MergeError(f"got {len(parents)} parents for {len(adapters)} adapters, wanted one each")
     _check_methods(row, adapters)
     base = common_base([adapter.spec.base for adapter in adapters])
-    parameters = _parameters(row, rank)
-    body = row.fn([body_of(adapter, i) for i, adapter in enumerate(adapters)], factors, parameters)
+    chosen = _parameters(row, rank, parameters)
+    if inputs and len(inputs) != len(adapters):
+        raise MergeError(f"got inputs of {len(inputs)} for {len(adapters)} adapters, wanted one each")
+    bodies = [body_of(adapter, i, inputs[i] if inputs else None) for i, adapter in enumerate(adapters)]
+    body = row.fn(bodies, factors, chosen)
     task, head = merge_heads(adapters, factors)
-    recorded: dict[str, Json] = {"method": row.name, "weights": factors, **encode(parameters), **(notes or {})}
+    recorded: dict[str, Json] = {"method": row.name, "weights": factors, **encode(chosen), **(notes or {})}
     lineage = Lineage(
         process="merge",
         parents=tuple(
@@ -94,7 +104,11 @@ def _check_methods(row: MergeMethod, adapters: Sequence[Adapter]) -> None:
         raise MergeError(f"{row.name} cannot merge {kinds[0]} adapters; it takes {', '.join(row.accepts)}")
 
 
-def _parameters(row: MergeMethod, rank: int | None) -> MergeParameters:
+def _parameters(row: MergeMethod, rank: int | None, given: MergeParameters | None) -> MergeParameters:
+    if given is not None:
+        if type(given) is not row.params or rank is not None:
+            raise MergeError(f"{row.name} takes parameters of {row.params.__name__}, and no rank beside them")
+        return given
     if rank is None:
         return row.params()
     if "rank" not in {field.name for field in fields(row.params)}:

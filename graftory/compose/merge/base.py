@@ -7,7 +7,7 @@ weight each. Heads, bases, lineage and licence are the same for all methods and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -34,6 +34,8 @@ class Body:
     """What error texts call it."""
     config: AdapterConfig
     tensors: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """What it reads at each site, [tokens, d_in], for methods that look at it; see `compose.record_inputs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,11 @@ class MergeMethod:
     """(bodies, weights, parameters of type `params`) -> merged body; all bodies have one adapter method."""
 
 
-def body_of(adapter: Adapter, position: int) -> Body:
+def body_of(adapter: Adapter, position: int, inputs: Mapping[str, Tensor] | None = None) -> Body:
     """An adapter's body, named by its task where it has one."""
     task = adapter.spec.task
     label = f"adapter {position + 1}" + (f" ({task.name})" if task else "")
-    return Body(label, adapter.spec.config, adapter.body_tensors())
+    return Body(label, adapter.spec.config, adapter.body_tensors(), inputs or {})
 
 
 def check_keys(body: Body, expected: Sequence[str]) -> None:

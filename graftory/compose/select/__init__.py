@@ -4,6 +4,7 @@ from graftory.compose.select.base import Choice, Domain, Selection
 from graftory.compose.select.domains import encode_domains, example_texts
 from graftory.compose.select.greedy import greedy_soup
 from graftory.compose.select.table import SELECTORS, select
+from graftory.compose.select.track import same_track
 
 __all__ = [
     "SELECTORS",
@@ -13,5 +14,6 @@ __all__ = [
     "encode_domains",
     "example_texts",
     "greedy_soup",
+    "same_track",
     "select",
 ]

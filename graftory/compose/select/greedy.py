@@ -1,16 +1,39 @@
-"""The greedy soup: adapters are added as long as a measure on held-out rows does not fall."""
+"""Merges chosen by trying: the greedy soup, and the best anchor of MerA."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
 
 from graftory.adapter import Adapter
 from graftory.compose.merge import merge
+from graftory.compose.merge.mera import MeraParameters
 from graftory.compose.select.base import Choice, Selection
 from graftory.errors import MergeError
 
 Score = Callable[[Adapter], float]
 """How good an adapter is on held-out rows; higher is better."""
+
+
+def best_anchor(
+    adapters: Sequence[Adapter], score: Score, parameters: MeraParameters, inputs: Sequence[Mapping[str, Tensor]] = ()
+) -> tuple[MeraParameters, list[float]]:
+    """Try each adapter as the anchor of `mera`, and keep the one whose merge scores best, the first of equals.
+
+    Args:
+        adapters: What is merged.
+        score: Measures a merged adapter.
+        parameters: The other parameters.
+        inputs: As in `merge`.
+
+    Returns:
+        The parameters with that anchor, and the score with each.
+    """
+    tried = [replace(parameters, anchor=number + 1) for number in range(len(adapters))]
+    scores = [score(merge(adapters, "mera", parameters=one, inputs=inputs)) for one in tried]
+    return tried[scores.index(max(scores))], scores
 
 
 def greedy_soup(adapters: Mapping[str, Adapter], score: Score, *, method: str = "soup", most: int = 5) -> Selection:

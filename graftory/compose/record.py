@@ -1,0 +1,71 @@
+"""What adapters read: the inputs at each of their sites, for the same texts. Some merges look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from graftory.adapter import Adapter, TaskInfo
+from graftory.adapters import AdaptedModel
+from graftory.adapters.site import shown
+from graftory.data import Text
+from graftory.training import LoadedBase
+from graftory.training.encode import Collator, encode
+from graftory.training.losses import model_inputs
+
+MAX_TOKENS = 2048
+"""Most tokens that are kept, spread evenly over all."""
+
+
+def record_inputs(
+    loaded: LoadedBase, adapter: Adapter, texts: Sequence[Text], *, batch_size: int = 32
+) -> dict[str, Tensor]:
+    """Run a model with an adapter, and keep what the adapter reads at each of its sites.
+
+    Args:
+        loaded: The base model.
+        adapter: The adapter.
+        texts: The same for all adapters that are to be compared.
+        batch_size: Rows at a time.
+
+    Returns:
+        [tokens, d_in] by path, tokens that are no padding, at most `MAX_TOKENS` of them.
+
+    Raises:
+        BaseMismatchError: If it belongs to another base.
+    """
+    recorder = _Recorder()
+    info = adapter.spec.task or TaskInfo("texts", "classification", labels=("x",))
+    examples = [encode(loaded.tokenizer, info, text, "" if info.kind == "seq2seq" else None) for text in texts]
+    collator = Collator(loaded.tokenizer.pad_token_id)
+    adapted = AdaptedModel(loaded.model, loaded.base)
+    try:
+        adapted.add("recorded", adapter)
+        adapted.eval()
+        with adapted.route("recorded"), torch.no_grad(), shown(recorder):
+            for start in range(0, len(examples), batch_size):
+                batch = collator(examples[start : start + batch_size])
+                recorder.mask = batch["attention_mask"].bool().to(loaded.model.device)
+                adapted(**model_inputs(info.kind, {key: value.to(loaded.model.device) for key, value in batch.items()}))
+    finally:
+        adapted.detach()
+    return {path: _spread(torch.cat(parts)) for path, parts in recorder.parts.items()}
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def __call__(self, path: str, x: Tensor) -> None:
+        mask = self.mask
+        flat = x[mask] if mask is not None and mask.shape == x.shape[:2] else x.flatten(0, -2)
+        self.parts.setdefault(path, []).append(flat.float().cpu())
+
+
+def _spread(x: Tensor) -> Tensor:
+    if len(x) <= MAX_TOKENS:
+        return x
+    return x[torch.linspace(0, len(x) - 1, MAX_TOKENS).long()]
