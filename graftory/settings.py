@@ -62,7 +62,7 @@ class SmopSettings(TrainSettings):
 
     epochs: float = option("passes over the training rows", 10.0)
     learning_rate: float = option("highest learning rate of prompts and router", 0.5)
-    head_learning_rate: float = option("highest learning rate of the head", 2e-3)
+    head_learning_rate: float = option("highest learning rate of the head", 1e-2)
     weight_decay: float = option("decoupled weight decay", 1e-5)
     optimizer: Optimizer = option("what takes the steps", "adafactor")
 
