@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from graftory import Adapter, LoraConfig, attach
+from graftory import Adapter, BottleneckConfig, LoraConfig, attach
 from graftory.adapters import Row
 from graftory.adapters.smop import PROMPTS, ROUTER, mean_embedding, reading, route_prompts, routing_watched
 from graftory.compose.smop import new_smop
@@ -126,13 +126,14 @@ def test_the_start_is_the_paper_s_and_one_prompt_has_no_router() -> None:
 
 @pytest.mark.parametrize("kind", TEXT)
 def test_in_a_mixed_batch_every_row_is_what_it_is_alone(kind: str) -> None:
-    """Prompts of two lengths, LoRA, both and none side by side; also: a batch of one is a batch of many."""
+    """Prompts of two lengths, LoRA, a bottleneck, prompt with LoRA, none; also: a batch of one is a batch of many."""
     model = spread_out(tiny_model(kind))
     low = make(model, LoraConfig(), labels=2, seed=1)
-    adapters = {"a": lively(model), "b": lively(model, prompts=1, length=2, seed=1), "low": low}
+    neck = make(model, BottleneckConfig(size=6), seed=2)
+    adapters = {"a": lively(model), "b": lively(model, prompts=1, length=2, seed=1), "low": low, "neck": neck}
     adapted = attach(model, adapters)
     batch = tiny_batch(kind)
-    rows: list[Row] = ["a", None, "b", "low", "a", {"a": 1.0, "low": 1.0}, "a", None]
+    rows: list[Row] = ["a", None, "b", "low", "a", {"a": 1.0, "low": 1.0}, "neck", None]
     chosen: list[Tensor] = []
     with torch.no_grad():
         with adapted.route(rows, ["low"] * 8):
