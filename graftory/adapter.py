@@ -148,7 +148,7 @@ class Metric:
 TASK_SOURCE = "task_source"
 """Key in `Lineage.parameters`: the task file, or sample, that an adapter was trained on."""
 
-Relation = Literal["composed", "merged", "continued", "distilled"]
+Relation = Literal["composed", "merged", "continued", "distilled", "generated"]
 
 
 @dataclass(frozen=True, slots=True)

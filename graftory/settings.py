@@ -73,6 +73,19 @@ class SmopSettings(TrainSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HyperformerSettings(TrainSettings):
+    """How a hyperformer is trained on several tasks. The paper: AdamW, learning rate 3e-4 for T5, temperature 10."""
+
+    learning_rate: float = option("highest learning rate", 1e-3)
+    temperature: float = option("T: a batch is of a task with a probability ∝ rows^(1/T); 1 is by size", 10.0)
+
+    def __post_init__(self) -> None:
+        TrainSettings.__post_init__(self)
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature: got {self.temperature}, wanted more than 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SelectSettings:
     """How adapters are selected by examples (AdapterSoup, Chronopoulou et al. 2023, arXiv:2302.07027)."""
 

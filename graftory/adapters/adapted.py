@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from graftory.adapters.head import HeadSite
 from graftory.adapters.route import Attached, Row, make_route, routed
 from graftory.adapters.site import Site
 from graftory.adapters.smop import now_readable, reading
-from graftory.adapters.table import METHODS
+from graftory.adapters.table import method_of
 from graftory.errors import BaseMismatchError, RouteError
 
 
@@ -137,6 +137,22 @@ class AdaptedModel(nn.Module):
         sites = [(self._site(key), path) for key, path in entry.sites]
         return {f"{path}.{part}": site.get(entry.slot, part) for site, path in sites for part in site.parts(entry.slot)}
 
+    @contextmanager
+    def made(self, name: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let tensors, by their names in `Adapter.tensors`, stand in for the weights of an attached adapter's body.
+
+        Gradients go to whatever made them.
+        """
+        entry = self._entry(name)
+        for key, path in entry.sites:
+            site = self._site(key)
+            site.made[entry.slot] = {part: tensors[f"{path}.{part}"] for part in site.parts(entry.slot)}
+        try:
+            yield
+        finally:
+            for key, _ in entry.sites:
+                self._site(key).made.pop(entry.slot, None)
+
     def slot_of(self, name: str) -> str:
         """The slot that sites keep an attached adapter's weights in."""
         return self._entry(name).slot
@@ -167,7 +183,7 @@ class AdaptedModel(nn.Module):
         return self.model
 
     def _put_body(self, entry: _Entry, adapter: Adapter) -> _Entry:
-        method = METHODS[adapter.spec.config.method]
+        method = method_of(adapter.spec.config)
         for path, config in method.places(adapter.spec.config):
             found, _ = module_at(self.model, path)
             site = method.site(self.model, found, id(self), config)

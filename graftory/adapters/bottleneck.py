@@ -26,12 +26,12 @@ from graftory.adapters.fusion_math import Source
 from graftory.adapters.fusion_site import FusableSite, named
 from graftory.adapters.method import Method
 from graftory.adapters.route import Route, Selection
-from graftory.config import Activation, BottleneckConfig, Placement
+from graftory.config import Activation, BottleneckConfig, NormedBottleneckConfig, Placement
 from graftory.errors import UnsupportedAdapterError
 from graftory.kernels import batched_bottleneck
 from graftory.kernels.shapes import stack_padded
 
-DOWN, DOWN_BIAS, UP, UP_BIAS = BottleneckConfig.parts
+DOWN, DOWN_BIAS, UP, UP_BIAS, NORM, NORM_BIAS = NormedBottleneckConfig.parts
 
 
 class BottleneckSite(FusableSite[BottleneckConfig]):
@@ -215,6 +215,43 @@ def _tap_of(model: PreTrainedModel, path: str) -> str:
     raise UnsupportedAdapterError(f"{path!r} is no parallel site of {type(model).__name__}")
 
 
+class NormedSite(BottleneckSite):
+    """Houlsby's places, with a LayerNorm behind the bottleneck: h becomes h + LN(U act(D h + c) + e)."""
+
+    def shapes(self, config: BottleneckConfig, path: str) -> Mapping[str, tuple[int, ...]]:
+        """As a plain one's, and the norm's [d], [d]."""
+        return {**super().shapes(config, path), NORM: (self.width,), NORM_BIAS: (self.width,)}
+
+    def source(self, adapter: Adapter, path: str) -> Source:
+        """Refused: a fusion has no norms between its sources."""
+        del path
+        raise UnsupportedAdapterError(f"a {adapter.spec.method} adapter cannot be fused; train a plain one")
+
+    def update(self, x: Tensor, selection: Selection) -> Tensor:
+        """See `BottleneckSite.update`; each entry is normalised with its own adapter's gain and shift."""
+        update = functional.layer_norm(super().update(x, selection), (self.width,))
+        gain, shift = (
+            torch.stack([self.get(slot, part) for slot in selection.slots])[selection.index]
+            for part in (NORM, NORM_BIAS)
+        )
+        middle = [1] * (update.dim() - gain.dim())
+        return update * gain.view(len(gain), *middle, -1) + shift.view(len(shift), *middle, -1)
+
+
+def _normed_site(model: PreTrainedModel, path: str, owner: int, config: NormedBottleneckConfig) -> NormedSite:
+    if config.placement != "houlsby":
+        raise UnsupportedAdapterError(f"normed_bottleneck: got placement {config.placement!r}, wanted houlsby")
+    return NormedSite(model, path, owner)
+
+
+def _normed_initial(
+    model: PreTrainedModel, path: str, config: NormedBottleneckConfig, generator: torch.Generator
+) -> dict[str, Tensor]:
+    tensors = _initial(model, path, config, generator)
+    width = tensors[UP_BIAS].shape[0]
+    return {**tensors, NORM: torch.ones(width), NORM_BIAS: torch.zeros(width)}
+
+
 def _site(model: PreTrainedModel, path: str, owner: int, config: BottleneckConfig) -> BottleneckSite:
     kinds: Mapping[Placement, type[BottleneckSite]] = {"houlsby": BottleneckSite, "parallel": ParallelSite}
     norm = config.placement == "pfeiffer" and bool(need_architecture(model).last_norms)
@@ -231,4 +268,15 @@ BOTTLENECK = Method(
     site=_site,
     resolve=_resolve,
     initial=_initial,
+)
+
+NORMED_BOTTLENECK = Method(
+    name="normed_bottleneck",
+    title="Bottleneck adapter with a LayerNorm",
+    paper="Karimi Mahabadi et al. 2021, arXiv:2106.04489",
+    config=NormedBottleneckConfig,
+    linear=False,
+    site=_normed_site,
+    resolve=_resolve,
+    initial=_normed_initial,
 )

@@ -78,7 +78,7 @@ def fused_config(model: PreTrainedModel, sources: Sequence[Adapter], config: Fus
 def _track_of(config: AdapterConfig) -> Track:
     if isinstance(config, LoraConfig):
         return "lora"
-    if isinstance(config, BottleneckConfig):
+    if type(config) is BottleneckConfig:
         return "parallel" if config.placement == "parallel" else "serial"
     raise UnsupportedAdapterError(
         f"a {config.method} adapter cannot be fused; fusion takes lora and bottleneck adapters"

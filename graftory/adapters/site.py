@@ -54,6 +54,8 @@ class Site(nn.Module, ABC, Generic[C]):
         self.configs: dict[str, C] = {}
         self.weights = nn.ModuleDict()
         self.handles: list[RemovableHandle] = []
+        self.made: dict[str, Mapping[str, Tensor]] = {}
+        """Tensors, by slot and part, that stand in for weights while something generates them."""
         # not a submodule: the base owns its modules
         object.__setattr__(self, "module", model.get_submodule(path))
 
@@ -114,6 +116,8 @@ class Site(nn.Module, ABC, Generic[C]):
 
     def get(self, slot: str, part: str) -> Tensor:
         """One weight of one adapter."""
+        if slot in self.made:
+            return self.made[slot][part]
         parameters = self.weights[slot]
         assert isinstance(parameters, nn.ParameterDict)
         weight: Tensor = parameters[_key(part)]

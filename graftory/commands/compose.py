@@ -10,6 +10,8 @@ import click
 SUBCOMMANDS: Mapping[str, str] = {
     "suggest": "Propose parents for a new task, with reasons.",
     "fusion": "Attend over the outputs of several adapters (AdapterFusion).",
+    "hyperformer": "Train one generator of adapters on several tasks (Hyperformer).",
+    "export-task": "Write one task of a hyperformer as a plain adapter.",
     "attention": "Show which adapters a fusion attends to.",
     "leave-one-out": "Measure a fusion without each of its parents.",
     "smop": "Train short prompts and a router that picks one for each row (SMoP).",

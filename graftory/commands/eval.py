@@ -9,7 +9,7 @@ import click
 
 from graftory.adapter import Metric
 from graftory.commands.output import json_option, print_json, print_table, working
-from graftory.commands.recorded import Subject, by_model, subject
+from graftory.commands.recorded import Subject, by_model, runnable, subject
 from graftory.data import Rows, load_rows
 from graftory.errors import ConfigError
 
@@ -72,7 +72,10 @@ def measure(
     unique = {item.ref: item for item in group}
     for item in group:
         check_labels(item, data[item.source])
-    jobs = [Job(ref, hub.get(ref), None, item.task, data[item.source]) for ref, item in unique.items()]
+    jobs = [
+        Job(ref, runnable(hub.get(ref), item.task.name), None, item.task, data[item.source])
+        for ref, item in unique.items()
+    ]
     with working(f"loading {group[0].base}"):
         loaded = load_base(group[0].base, group[0].task.kind)
     with working(f"measuring {len(jobs)} adapters on {sum(len(job.rows) for job in jobs)} rows"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from graftory.commands.output import json_option, print_json, print_table, working
+from graftory.commands.recorded import runnable
 from graftory.commands.texts import texts_of
 from graftory.data import Text
 from graftory.errors import ConfigError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 )
 @click.option("--pair", "pairs", multiple=True, help="Second text of a TEXT, in the same order; may be repeated.")
 @click.option("--head", metavar="REF", help="Adapter to take the head from, where REF is merged and has none.")
+@click.option("--task", "task_name", metavar="NAME", help="Which task of a hyperformer is meant.")
 @click.option("--base", help="The base model. [default: the recorded one]")
 @json_option
 @click.pass_obj
@@ -37,6 +39,7 @@ def command(
     file: Path | None,
     pairs: tuple[str, ...],
     head: str | None,
+    task_name: str | None,
     base: str | None,
     as_json: bool,
 ) -> None:
@@ -56,7 +59,7 @@ def command(
 
     inputs = inputs_of(texts, pairs, file)
     hub = Hub.open(registry)
-    adapter, other = hub.get(ref), hub.get(head) if head else None
+    adapter, other = runnable(hub.get(ref), task_name), hub.get(head) if head else None
     task = (other or adapter).spec.task
     if task is None:
         raise ConfigError(

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from graftory.adapter import TASK_SOURCE, AdapterSpec
+from graftory.adapter import TASK_SOURCE, Adapter, AdapterSpec
+from graftory.config import HyperformerConfig
 from graftory.data import TaskFile, load_task
 from graftory.errors import ConfigError
 
@@ -38,6 +39,23 @@ def subject(hub: Hub, ref: str, source: str | None, base: str | None) -> Subject
     if not isinstance(chosen, str):
         raise ConfigError(f"{name} does not say which task it was trained on; pass --task FILE or --task wheel:NAME")
     return Subject(name, record.spec, chosen, load_task(chosen), base or record.spec.base.id)
+
+
+def runnable(adapter: Adapter, task: str | None) -> Adapter:
+    """An adapter as it runs: of a hyperformer, which makes the adapters of several tasks, that of one task.
+
+    Raises:
+        ConfigError: If it has several tasks and none is named.
+    """
+    config = adapter.spec.config
+    if not isinstance(config, HyperformerConfig):
+        return adapter
+    from graftory.compose.hyperformer import task_adapter
+
+    names = [one.name for one in config.tasks]
+    if task is None and len(names) != 1:
+        raise ConfigError(f"a hyperformer of several tasks; pass --task with one of {', '.join(names)}")
+    return task_adapter(adapter, task or names[0])
 
 
 def by_model(subjects: Iterable[Subject]) -> dict[tuple[str, str], list[Subject]]:

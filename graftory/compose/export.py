@@ -14,7 +14,7 @@ from graftory.adapter import Adapter, TaskInfo
 from graftory.adapters import AdaptedModel, base_of, is_adapted
 from graftory.adapters.architectures import is_linear, module_at
 from graftory.compose.card import save_export
-from graftory.config import AdapterConfig, LoraConfig, SmopConfig
+from graftory.config import AdapterConfig, HyperformerConfig, LoraConfig, NormedBottleneckConfig, SmopConfig
 from graftory.errors import BaseMismatchError, MergeError, ShapeError
 
 if TYPE_CHECKING:
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ExportCheck", "export", "save_export", "verify_export"]
 
-_OBSTACLES: Mapping[type[AdapterConfig], str] = {SmopConfig: "is a prompt in the input"}
+_OBSTACLES: Mapping[type[AdapterConfig], str] = {
+    SmopConfig: "is a prompt in the input",
+    HyperformerConfig: "makes adapters (take one task's with hub compose export-task)",
+    NormedBottleneckConfig: "has a non-linearity and a norm",
+}
 """Why an adapter cannot be folded in, where it is another reason than most have."""
 
 

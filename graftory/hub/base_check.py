@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graftory.adapter import AdapterSpec
-from graftory.config import AdapterConfig, BottleneckConfig, FusionConfig, LoraConfig
+from graftory.config import (
+    AdapterConfig,
+    BottleneckConfig,
+    FusionConfig,
+    HyperformerConfig,
+    LoraConfig,
+    NormedBottleneckConfig,
+)
 from graftory.errors import BaseMismatchError, CorruptAdapterError, DataError
 from graftory.hub import strict_json
 from graftory.hub.records import TensorEntry
@@ -158,9 +165,18 @@ def _fusion_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Iterator
         yield _Need(place.path, (place.inputs, place.outputs) if place.track == "lora" else (place.outputs,))
 
 
+def _hyper_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Iterator[_Need]:
+    del found  # the configuration knows the widths
+    for place in config.places if isinstance(config, HyperformerConfig) else ():
+        lora = isinstance(config, HyperformerConfig) and config.generates == "lora"
+        yield _Need(place.path, (place.inputs, place.outputs) if lora else (place.outputs,))
+
+
 _NEEDS: Mapping[type[AdapterConfig], Callable[[AdapterConfig, Mapping[str, Shape]], Iterator[_Need]]] = {
     LoraConfig: _lora_needs,
     BottleneckConfig: _bottleneck_needs,
+    NormedBottleneckConfig: _bottleneck_needs,
+    HyperformerConfig: _hyper_needs,
     FusionConfig: _fusion_needs,
 }
 """What each method needs; of another one, its modules by name."""

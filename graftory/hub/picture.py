@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg")
 MOST = 400
 """Adapters in one picture; more cannot be read."""
-_COLOURS = {"composed": "#0072B2", "merged": "#D55E00", "continued": "#009E73", "distilled": "#CC79A7"}
+_COLOURS = {
+    "composed": "#0072B2",
+    "merged": "#D55E00",
+    "continued": "#009E73",
+    "distilled": "#CC79A7",
+    "generated": "#56B4E9",
+}
 """Okabe and Ito's, which people with any colour vision tell apart; the edges are labelled as well."""
 _GREY, _INK, _ASKED = "#707070", "#202020", "#FFF3C4"
 _LONGEST = 34

@@ -76,12 +76,12 @@ def train(
         adapted.add(name, adapter)
         adapted.train_only(name)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if output_dir is None else output_dir)
-        resume = None if output_dir is None else _claim(folder, adapter, rows, settings)
+        resume = None if output_dir is None else claim(folder, adapter, rows.hash, settings)
         if settings.gradient_checkpointing:
             _save_memory(loaded.model, adapted, name, stack)
         progress = TrainingProgress(name)
         stack.callback(progress.stop)
-        arguments = _arguments(settings, folder, keep=output_dir is not None)
+        arguments = training_arguments(settings, folder, keep=output_dir is not None)
         collator = Collator(loaded.tokenizer.pad_token_id)
         trainer = AdapterTrainer(adapted, name, task.kind, arguments, examples, collator, hooks, (*callbacks, progress))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -102,7 +102,8 @@ def _start(loaded: LoadedBase, task: TaskFile, rows: Rows, config: AdapterConfig
     return Adapter(spec, {**fresh.tensors, **kept}, init.sources)
 
 
-def _arguments(settings: TrainSettings, folder: Path, *, keep: bool) -> TrainingArguments:
+def training_arguments(settings: TrainSettings, folder: Path, *, keep: bool) -> TrainingArguments:
+    """Our settings in transformers' words; checkpoints are written only if they are kept."""
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
@@ -143,7 +144,7 @@ def _save_memory(model: PreTrainedModel, adapted: AdaptedModel, name: str, stack
     stack.callback(getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable))
 
 
-def _claim(folder: Path, adapter: Adapter, rows: Rows, settings: TrainSettings) -> Path | None:
+def claim(folder: Path, adapter: Adapter, rows_hash: str, settings: TrainSettings) -> Path | None:
     """Mark the folder as this training's, and return the checkpoint to go on from.
 
     Raises:
@@ -157,7 +158,7 @@ def _claim(folder: Path, adapter: Adapter, rows: Rows, settings: TrainSettings) 
         "base": adapter.spec.base.weights_hash,
         "config": config_to_json(adapter.spec.config),
         "start": tensors.hexdigest(),
-        "rows": rows.hash,
+        "rows": rows_hash,
         "settings": to_json(settings),
     }
     path = folder / _RUN_FILE

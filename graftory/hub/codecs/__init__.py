@@ -10,7 +10,15 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Protocol
 
 from graftory.adapter import Adapter, AdapterSpec
-from graftory.config import AdapterConfig, BottleneckConfig, FusionConfig, LoraConfig, SmopConfig
+from graftory.config import (
+    AdapterConfig,
+    BottleneckConfig,
+    FusionConfig,
+    HyperformerConfig,
+    LoraConfig,
+    NormedBottleneckConfig,
+    SmopConfig,
+)
 from graftory.errors import CorruptAdapterError, DataError, UnsupportedAdapterError
 from graftory.hub.codecs.composed import ComposedCodec
 from graftory.hub.codecs.native import NativeCodec
@@ -62,7 +70,9 @@ _COMPOSED = ComposedCodec()
 CODECS: Mapping[type[AdapterConfig], Codec] = {
     LoraConfig: PeftCodec(),
     BottleneckConfig: NativeCodec(),
+    NormedBottleneckConfig: NativeCodec(),
     FusionConfig: _COMPOSED,
+    HyperformerConfig: _COMPOSED,
     SmopConfig: _COMPOSED,
 }
 """The codec of every method."""

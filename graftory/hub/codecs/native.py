@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "adapter.safetensors"
-_PARTS = BottleneckConfig.parts
 
 
 class NativeCodec:
@@ -41,7 +40,8 @@ class NativeCodec:
         if not isinstance(config, BottleneckConfig):
             raise CorruptAdapterError(f"{WEIGHTS}: the specification is of method {spec.method!r}; wanted bottleneck")
         body = [key for key in stored if not shared.is_head(key, spec)]
-        sites = shared.paths_of(body, _PARTS, f"{WEIGHTS}: tensor %r is not understood; wanted <site>.{_PARTS[0]}, ...")
+        parts = config.parts
+        sites = shared.paths_of(body, parts, f"{WEIGHTS}: tensor %r is not understood; wanted <site>.{parts[0]}, ...")
         shared.check_targets(config.targets, WEIGHTS)
         if set(sites) != set(config.targets):
             odd = sorted(set(sites) ^ set(config.targets))[0]
@@ -49,7 +49,7 @@ class NativeCodec:
                 f"{WEIGHTS}: site {odd!r} is only in one of the tensors and the targets; save both"
             )
         for site in sites:
-            _check_site(site, stored, config.size_of(site))
+            _check_site(site, stored, config)
         shared.check_heads(stored, spec, WEIGHTS)
         return shared.entries(stored, data)
 
@@ -58,11 +58,11 @@ class NativeCodec:
         return shared.load(files[WEIGHTS])
 
 
-def _check_site(site: str, stored: Mapping[str, StoredTensor], size: int) -> None:
-    found = [stored[f"{site}.{part}"].shape if f"{site}.{part}" in stored else None for part in _PARTS]
-    up_bias = found[3]
+def _check_site(site: str, stored: Mapping[str, StoredTensor], config: BottleneckConfig) -> None:
+    found = [stored[f"{site}.{part}"].shape if f"{site}.{part}" in stored else None for part in config.parts]
+    up_bias, size = found[3], config.size_of(site)
     width = up_bias[0] if up_bias else 0
-    wanted = [(size, width), (size,), (width, size), (width,)]
+    wanted = [(size, width), (size,), (width, size), *([(width,)] * (len(found) - 3))]
     if found != wanted:
         raise CorruptAdapterError(
             f"{WEIGHTS}: site {site!r} has the shapes {found}, wanted {wanted} for size {size}; save the adapter again"
