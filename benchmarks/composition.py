@@ -10,7 +10,8 @@ that is trained gets 60 steps of at most 16 rows; learning rates were chosen on 
 no target. A seed draws the rows, the head, fresh adapters and the order of the rows; the sources are the same for all.
 
 Soups, MerA and single adapters are trained on after composing, with a new head, as MerA's paper does; AdapterFusion
-learns its attention and the head; the probe is a logistic regression on mean-pooled states.
+learns its attention and the head, a hyperformer of the same six tasks an embedding and the head, SMoP its prompts from
+nothing; the probe is a logistic regression on mean-pooled states.
 
 The results go to benchmarks/results/composition.{json,md,png}: mean and standard deviation over seeds, and the mean
 paired difference to a fresh adapter with its standard error over targets and seeds.
@@ -30,9 +31,11 @@ from composition_report import write_report
 from rich.console import Console
 
 from graftory import Adapter, Hub
+from graftory.compose.hyperformer import hyperformer
 from graftory.compose.select import Domain, example_texts
+from graftory.config import HyperformerConfig
 from graftory.data import load_rows, load_task
-from graftory.settings import TrainSettings
+from graftory.settings import HyperformerSettings, TrainSettings
 from graftory.training import LoadedBase, load_base, train
 from graftory.training.features import features_of
 
@@ -63,13 +66,14 @@ def main() -> None:
     if missing:
         loaded = load_base(BASE, "classification")
         sources = trained_sources(loaded, Hub.create(options.folder / "hub"), console)
+        hyper = trained_hyperformer(loaded, Hub.open(options.folder / "hub"), console)
         domains = [Domain(name, features_of(loaded, example_texts(f"wheel:{name}", EXAMPLES))) for name in SOURCES]
         examples = {t: features_of(loaded, example_texts(f"wheel:{t}", EXAMPLES)) for t in options.targets}
     for number, (target, size, seed, method) in enumerate(missing, 1):
         task = load_task(f"wheel:{target}")
         rows, test = load_rows(task, "train", limit=size, seed=seed), load_rows(task, "test", limit=TEST_ROWS)
         began = time.perf_counter()
-        found = METHODS[method](Given(loaded, sources, domains, examples[target], task, rows, test, seed))
+        found = METHODS[method](Given(loaded, sources, hyper, domains, examples[target], task, rows, test, seed))
         run = {"target": target, "size": size, "seed": seed, "method": method}
         run |= {key: getattr(found, key) for key in ("accuracy", "parameters", "seconds", "note")}
         with done_file.open("a") as file:
@@ -94,6 +98,17 @@ def trained_sources(loaded: LoadedBase, hub: Hub, console: Console) -> dict[str,
             rows = load_rows(task, "train", limit=SOURCE_ROWS, seed=0)
             hub.put(name, train(loaded, task, rows, CONFIG, TrainSettings(epochs=2.0, seed=0), name=name))
     return {name: hub.get(name) for name in SOURCES}
+
+
+def trained_hyperformer(loaded: LoadedBase, hub: Hub, console: Console) -> Adapter:
+    """A hyperformer of the same tasks and rows, for as many steps as the adapters had together."""
+    if "hyper" not in {row.name for row in hub.index()}:
+        console.print("training the hyperformer")
+        tasks = [load_task(f"wheel:{name}") for name in SOURCES]
+        rows = [load_rows(task, "train", limit=SOURCE_ROWS, seed=0) for task in tasks]
+        config, settings = HyperformerConfig(size=CONFIG.size), HyperformerSettings(epochs=2.0, seed=0)
+        hub.put("hyper", hyperformer(loaded, list(zip(tasks, rows, strict=True)), config, settings))
+    return hub.get("hyper")
 
 
 def parse() -> argparse.Namespace:

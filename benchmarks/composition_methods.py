@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,13 +14,16 @@ import transformers
 from sklearn.linear_model import LogisticRegression
 
 from graftory import Adapter, BottleneckConfig
-from graftory.compose import merge
+from graftory.compose import merge, record_inputs
 from graftory.compose.fusion import fuse
-from graftory.compose.select import Domain, select
-from graftory.config import FusionConfig
+from graftory.compose.hyperformer import add_task, task_adapter
+from graftory.compose.merge.mera import MeraParameters
+from graftory.compose.select import Domain, example_texts, same_track, select
+from graftory.compose.smop import smop
+from graftory.config import FusionConfig, SmopConfig
 from graftory.data import Rows, TaskFile
 from graftory.errors import MergeError
-from graftory.settings import FusionSettings, TrainSettings
+from graftory.settings import FusionSettings, HyperformerSettings, SmopSettings, TrainSettings
 from graftory.training import Job, LoadedBase, evaluate, train
 from graftory.training.encode import Collator, encode
 from graftory.training.features import features_of
@@ -36,6 +39,7 @@ class Given:
     Attributes:
         loaded: The base.
         sources: Adapters of other tasks, by name, all from one initialisation.
+        hyper: A hyperformer of the same tasks.
         domains: Features of a hundred examples of what each was trained on.
         examples: Features of a hundred unlabelled examples of the target.
         task: The target.
@@ -46,6 +50,7 @@ class Given:
 
     loaded: LoadedBase
     sources: Mapping[str, Adapter]
+    hyper: Adapter
     domains: Sequence[Domain]
     examples: torch.Tensor
     task: TaskFile
@@ -214,6 +219,44 @@ def full(given: Given) -> Found:
     return Found(sum(right) / len(right), sum(p.numel() for p in model.parameters()), seconds)
 
 
+def aligned(by: Literal["weights", "activations"]) -> Callable[[Given], Found]:
+    """MerA of all sources, trained on."""
+
+    def run(given: Given) -> Found:
+        inputs: Sequence[Mapping[str, torch.Tensor]] = ()
+        if by == "activations":
+            texts = example_texts(f"wheel:{given.task.name}", 100, seed=given.seed)
+            inputs = [record_inputs(given.loaded, source, texts) for source in given.sources.values()]
+        bodies = [headless(source) for source in given.sources.values()]
+        return tuned(given, merge(bodies, "mera", parameters=MeraParameters(by=by), inputs=inputs))
+
+    return run
+
+
+def same_track_mera(given: Given) -> Found:
+    """MerA of the sources that have the target's labels, trained on."""
+    names = same_track(given.sources, given.rows.info(given.task)).chosen
+    bodies = [headless(given.sources[name]) for name in names]
+    return tuned(given, merge(bodies, "mera"), " ".join(names))
+
+
+def hyper(given: Given) -> Found:
+    """The hyperformer of the sources learns the target's embedding and head."""
+    begin = time.perf_counter()
+    grown = add_task(given.loaded, given.hyper, given.task, given.rows, settings(given, 1e-2, HyperformerSettings))
+    seconds = time.perf_counter() - begin
+    learnt = sum(value.numel() for key, value in grown.tensors.items() if key not in given.hyper.tensors)
+    return Found(measured(given, task_adapter(grown, given.task.name)), learnt, seconds)
+
+
+def prompts(given: Given) -> Found:
+    """SMoP: four prompts of five tokens and their router, from nothing."""
+    begin = time.perf_counter()
+    made = smop(given.loaded, given.task, given.rows, SmopConfig(), settings(given, 0.5, SmopSettings))
+    seconds = time.perf_counter() - begin
+    return Found(measured(given, made), count(made), seconds)
+
+
 METHODS: dict[str, Callable[[Given], Found]] = {
     "linear probe": probe,
     "full fine-tuning": full,
@@ -223,5 +266,10 @@ METHODS: dict[str, Callable[[Given], Found]] = {
     "soup, uniform": merged(None),
     "soup, similarity": merged("similarity"),
     "soup, clustering": merged("clustering"),
+    "MerA, weights": aligned("weights"),
+    "MerA, activations": aligned("activations"),
+    "MerA, same track": same_track_mera,
+    "Hyperformer++": hyper,
+    "SMoP": prompts,
 }
 """In the order of the table; the first is cheap, the third is what the others are compared with."""
