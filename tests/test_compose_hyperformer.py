@@ -22,6 +22,7 @@ from graftory.config import HyperformerConfig, HyperTask, NormedBottleneckConfig
 from graftory.data import Rows, TaskFile
 from graftory.errors import ConfigError, CorruptAdapterError, MergeError, UnsupportedAdapterError
 from graftory.hub.codecs import codec_of
+from graftory.hub.completeness import gaps
 from graftory.settings import HyperformerSettings
 from graftory.training import Job, LoadedBase, evaluate
 from tests.adapter_samples import make, shaken
@@ -233,6 +234,8 @@ def test_it_is_kept_and_read_back_and_damage_is_refused(loaded: LoadedBase, tmp_
     assert (again.spec.task.name, again.spec.lineage.parameters["task_source"]) == ("two", "two.yaml")
     assert [data["relation"] for *_, data in hub.lineage("two").edges(data=True)] == ["generated"]
     assert hub.verify().ok
+    assert {gap.field for gap in gaps(hub.record("many"))} == {"metrics", "licence"}
+    assert {gap.field for gap in gaps(hub.record("two"))} == {"metrics", "licence"}
     codec, broken = codec_of(hyper.spec), dict(hyper.tensors)
     broken["encoder.layers"] = torch.zeros(3, 6)
     with pytest.raises(CorruptAdapterError, match=r"'encoder.layers' is"):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from graftory.adapter import AdapterSpec, Parent
+from graftory.config import HyperformerConfig
 from graftory.hub.records import Record
 
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
@@ -18,7 +19,7 @@ _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _PLACEHOLDER = re.compile(r"LABEL_[0-9]+")
 """What an import calls the labels that its files do not name."""
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_TRAINED = ("train", "continual")
+_TRAINED = ("train", "continual", "compose")
 _IMPORTED = ("import", "imported")
 _CODE = ("graftory", "peft")
 
@@ -93,8 +94,8 @@ def _library(*names: str) -> Test:
 
 
 def _needs_task(spec: AdapterSpec) -> bool:
-    """A merge of several tasks has none; everything else was made for one."""
-    return spec.task is not None or spec.lineage.process != "merge"
+    """A merge of several tasks has none, a hyperformer tells its own; everything else was made for one."""
+    return spec.task is not None or not (spec.lineage.process == "merge" or isinstance(spec.config, HyperformerConfig))
 
 
 def _is(*kinds: str) -> Test:
@@ -241,7 +242,7 @@ _FACTS = (
     ),
     _Fact(
         "parents",
-        lambda spec: bool(spec.lineage.parents) or spec.lineage.process == "merge",
+        lambda spec: bool(spec.lineage.parents) or spec.lineage.process in ("merge", "generated"),
         lambda spec: _identified(spec.lineage.parents),
         "what it was made from, by reference and digest; merge adapters that are in a hub (hub merge)",
     ),
