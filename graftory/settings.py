@@ -61,15 +61,17 @@ class SmopSettings(TrainSettings):
     """
 
     epochs: float = option("passes over the training rows", 10.0)
-    learning_rate: float = option("highest learning rate of prompts and router", 0.5)
+    learning_rate: float = option("highest learning rate of the prompts", 0.5)
+    router_learning_rate: float = option("highest learning rate of the router (the paper's is 0.5)", 0.5)
     head_learning_rate: float = option("highest learning rate of the head", 1e-2)
     weight_decay: float = option("decoupled weight decay", 1e-5)
     optimizer: Optimizer = option("what takes the steps", "adafactor")
 
     def __post_init__(self) -> None:
         TrainSettings.__post_init__(self)
-        if not self.head_learning_rate > 0:
-            raise ConfigError(f"head_learning_rate: got {self.head_learning_rate}, wanted more than 0")
+        for name in ("router_learning_rate", "head_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted more than 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

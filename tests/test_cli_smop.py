@@ -52,7 +52,7 @@ def write_task(folder: Path, sample: str) -> None:
     """A task of a few real rows: the whole test set would take too long."""
     source = load_task(f"wheel:{sample}")
     for split in ("train", "test"):
-        rows = load_rows(source, split, limit={"train": 160, "test": 32}[split])
+        rows = load_rows(source, split, limit={"train": 160, "test": 8}[split])
         lines = [{"text": text, "label": rows.labels[int(y)]} for text, y in zip(rows.texts, rows.targets, strict=True)]
         (folder / f"{sample}-{split}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     described = {

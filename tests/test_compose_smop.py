@@ -43,7 +43,9 @@ def trained(loaded: LoadedBase, settings: SmopSettings = QUICK, **options: Any) 
 def test_training_lowers_the_loss_and_moves_prompts_router_and_head(loaded: LoadedBase) -> None:
     task, rows = tiny_task("classification"), tiny_rows("classification")
     before = {key: value.clone() for key, value in loaded.model.state_dict().items()}
-    start = trained(loaded, replace(QUICK, max_steps=1, learning_rate=1e-9, head_learning_rate=1e-9))
+    start = trained(
+        loaded, replace(QUICK, max_steps=1, learning_rate=1e-9, head_learning_rate=1e-9, router_learning_rate=1e-9)
+    )
     last = trained(loaded)
     first, after = evaluate(loaded, [Job("start", start, None, task, rows), Job("last", last, None, task, rows)])
     assert after[1].value < 0.7 * first[1].value
@@ -56,10 +58,13 @@ def test_training_lowers_the_loss_and_moves_prompts_router_and_head(loaded: Load
     assert {key: lineage.parameters[key] for key in wanted} == wanted
 
 
-def test_prompts_and_head_have_rates_of_their_own(loaded: LoadedBase) -> None:
-    start = trained(loaded, replace(QUICK, max_steps=1, learning_rate=1e-9, head_learning_rate=1e-9))
+def test_prompts_router_and_head_have_rates_of_their_own(loaded: LoadedBase) -> None:
+    start = trained(
+        loaded, replace(QUICK, max_steps=1, learning_rate=1e-9, head_learning_rate=1e-9, router_learning_rate=1e-9)
+    )
     cases: list[tuple[str, str, dict[str, Any]]] = [
         (f"{PATH}.{PROMPTS}", "classifier.weight", {"learning_rate": 1e-9}),
+        (f"{PATH}.{ROUTER}", f"{PATH}.{PROMPTS}", {"router_learning_rate": 1e-9}),
         ("classifier.weight", f"{PATH}.{PROMPTS}", {"head_learning_rate": 1e-9}),
     ]
     for still, moving, changes in cases:
@@ -82,7 +87,7 @@ def test_adafactor_takes_the_steps_of_its_paper_at_a_given_rate(loaded: LoadedBa
 
 def test_it_starts_from_other_prompts(loaded: LoadedBase) -> None:
     first = trained(loaded)
-    still = replace(QUICK, max_steps=1, learning_rate=1e-9, head_learning_rate=1e-9)
+    still = replace(QUICK, max_steps=1, learning_rate=1e-9, head_learning_rate=1e-9, router_learning_rate=1e-9)
     parent = Parent("first@1", "sha256:" + "0" * 64, "composed")
     kept = trained(loaded, still, init=first, parent=parent, config=SmopConfig(noise=0.5))
     for key, value in first.tensors.items():

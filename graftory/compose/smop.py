@@ -24,6 +24,9 @@ from graftory.errors import UnsupportedAdapterError
 from graftory.settings import SmopSettings
 from graftory.training import Hooks, LoadedBase, train
 
+_ROUTER = "smop_router_weight"
+"""End of the name of the router's weight in an adapted model."""
+
 
 def new_smop(
     model: PreTrainedModel,
@@ -101,7 +104,7 @@ def smop(
         name=name,
         output_dir=output_dir,
         init=start,
-        hooks=Hooks(head_rate=settings.head_learning_rate),
+        hooks=Hooks(rates=(("heads.", settings.head_learning_rate), (_ROUTER, settings.router_learning_rate))),
         callbacks=callbacks,
     )
     used = config_to_json(start.spec.config)

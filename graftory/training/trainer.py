@@ -56,8 +56,8 @@ class Hooks:
     on_gradients: tuple[GradientHook, ...] = ()
     undecayed: tuple[str, ...] = ()
     """Ends of the names of weights that get no weight decay."""
-    head_rate: float | None = None
-    """Highest learning rate of the head, if it is not that of the rest."""
+    rates: tuple[tuple[str, float], ...] = ()
+    """Weights with a highest learning rate of their own: the beginning or end of their names, and the rate."""
 
 
 NO_HOOKS = Hooks()
@@ -117,16 +117,16 @@ class AdapterTrainer(Trainer):
         return [name for name in names if not name.endswith(self.hooks.undecayed or "\n")]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of the settings; heads are in groups of their own if they have a rate of their own."""
+        """The optimizer of the settings; weights with rates of their own are in groups of their own."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if self.hooks.head_rate is not None:
-            heads = {weight for weight in self.adapted.heads.parameters() if weight.requires_grad}
+        for text, rate in self.hooks.rates:
+            named = self._learning().items()
+            own = {weight for name, weight in named if name.startswith(text) or name.endswith(text)}
             for group in list(optimizer.param_groups):
-                rest = [weight for weight in group["params"] if weight not in heads]
-                apart = {**group, "params": [weight for weight in group["params"] if weight in heads]}
-                group["params"] = rest
-                if apart["params"]:
-                    optimizer.add_param_group({**apart, "lr": self.hooks.head_rate})
+                apart = [weight for weight in group["params"] if weight in own]
+                group["params"] = [weight for weight in group["params"] if weight not in own]
+                if apart:
+                    optimizer.add_param_group({**group, "params": apart, "lr": rate})
         return optimizer
 
     def training_step(
