@@ -75,7 +75,7 @@ def main() -> None:
         began = time.perf_counter()
         found = METHODS[method](Given(loaded, sources, hyper, domains, examples[target], task, rows, test, seed))
         run = {"target": target, "size": size, "seed": seed, "method": method}
-        run |= {key: getattr(found, key) for key in ("accuracy", "parameters", "seconds", "note")}
+        run |= {key: getattr(found, key) for key in ("accuracy", "parameters", "seconds", "answering", "note")}
         with done_file.open("a") as file:
             file.write(json.dumps(run) + "\n")
         done.append(run)

@@ -45,12 +45,14 @@ def markdown(runs: Sequence[Run], methods: Sequence[str]) -> str:
     ]
     lines += [f"Seeds: {', '.join(str(seed) for seed in sorted({run['seed'] for run in runs}))}.", ""]
     lines += ["## Mean over targets", ""]
-    lines += table(["method", *(f"{n} rows" for n in sizes), "trained numbers", "training, s"], [
+    head = ["method", *(f"{n} rows" for n in sizes), "trained numbers", "training, CPU s", "answering"]
+    lines += table(head, [
         [
             method,
             *(overall(runs, method, size) for size in sizes),
             f"{statistics.median(r['parameters'] for r in runs if r['method'] == method):,.0f}",
-            f"{statistics.median(r['seconds'] for r in runs if r['method'] == method):.0f}",
+            f"{statistics.median(r['seconds'] for r in runs if r['method'] == method):.1f}",
+            answering(runs, method),
         ]
         for method in methods
     ])  # fmt: skip
@@ -94,6 +96,16 @@ def overall(runs: Sequence[Run], method: str, size: int) -> str:
     for (_, _, seed), value in accuracies(runs, method, size).items():
         by_seed.setdefault(seed, []).append(value)
     return _mean_and_spread([statistics.fmean(values) for values in by_seed.values()])
+
+
+def answering(runs: Sequence[Run], method: str) -> str:
+    """CPU time of answering the test rows, as a multiple of the reference's in the same target, size and seed."""
+    mine, theirs = (
+        {(run["target"], run["size"], run["seed"]): run["answering"] for run in runs if run["method"] == name}
+        for name in (method, REFERENCE)
+    )
+    ratios = [mine[key] / theirs[key] for key in mine.keys() & theirs.keys()]
+    return f"{statistics.median(ratios):.2f}" if ratios else "-"
 
 
 def spread(runs: Sequence[Run], method: str, size: int) -> str:

@@ -26,6 +26,7 @@ from graftory.training import load_base
 
 base, remote, names, ids = json.loads(sys.argv[1])
 hub = Hub.create(sys.argv[2])
+torch.set_num_threads(1)  # as here: more threads add in another order
 model = load_base(base, "classification").model
 found = {}
 for name in names:
