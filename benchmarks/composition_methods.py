@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,12 +23,12 @@ from graftory.compose.smop import smop
 from graftory.config import FusionConfig, SmopConfig
 from graftory.data import Rows, TaskFile
 from graftory.errors import MergeError
-from graftory.settings import FusionSettings, HyperformerSettings, SmopSettings, TrainSettings
+from graftory.settings import FusionSettings, HyperformerSettings, SelectSettings, SmopSettings, TrainSettings
 from graftory.training import Job, LoadedBase, evaluate, train
 from graftory.training.encode import Collator, encode
 from graftory.training.features import features_of
 
-STEPS = 60
+STEPS, BATCH = 60, 8
 CONFIG = BottleneckConfig(placement="pfeiffer", size=48, init_seed=0)
 
 
@@ -39,7 +39,7 @@ class Given:
     Attributes:
         loaded: The base.
         sources: Adapters of other tasks, by name, all from one initialisation.
-        hyper: A hyperformer of the same tasks.
+        hyper: Gives a hyperformer of the same tasks.
         domains: Features of a hundred examples of what each was trained on.
         examples: Features of a hundred unlabelled examples of the target.
         task: The target.
@@ -50,7 +50,7 @@ class Given:
 
     loaded: LoadedBase
     sources: Mapping[str, Adapter]
-    hyper: Adapter
+    hyper: Callable[[], Adapter]
     domains: Sequence[Domain]
     examples: torch.Tensor
     task: TaskFile
@@ -83,7 +83,7 @@ def settings(given: Given, learning_rate: float, kind: type[TrainSettings] = Tra
     return kind(
         max_steps=STEPS,
         epochs=1000.0,
-        batch_size=min(16, len(given.rows)),
+        batch_size=min(BATCH, len(given.rows)),
         learning_rate=learning_rate,
         seed=given.seed,
     )
@@ -123,8 +123,6 @@ def single(given: Given) -> Found:
 
 def chosen(given: Given, how: str) -> tuple[str, ...]:
     """The adapters that a selector takes; the best one where none is good enough."""
-    from graftory.settings import SelectSettings
-
     try:
         return select(given.domains, given.examples, how, seed=given.seed).chosen
     except MergeError:
@@ -144,9 +142,14 @@ def merged(how: str | None, method: str = "soup", **parameters: Any) -> Callable
 
 def headless(adapter: Adapter) -> Adapter:
     """Without its head: a merge of different tasks has none."""
-    from dataclasses import replace
-
     return Adapter(replace(adapter.spec, task=None), adapter.body_tensors())
+
+
+def unaligned(given: Given) -> Found:
+    """The mean of all tensors whatever they started from: what MerA's alignment is there to improve on."""
+    bodies = [headless(source) for source in given.sources.values()]
+    same = [replace(b, spec=replace(b.spec, config=replace(b.spec.config, init_seed=0))) for b in bodies]
+    return tuned(given, merge(same, "soup"))
 
 
 def fusion(given: Given) -> Found:
@@ -196,13 +199,14 @@ def full(given: Given) -> Found:
     arguments = transformers.TrainingArguments(
         output_dir="unused",
         max_steps=STEPS,
-        per_device_train_batch_size=min(16, len(given.rows)),
+        per_device_train_batch_size=min(BATCH, len(given.rows)),
         learning_rate=1e-4,
         warmup_steps=4,
         seed=given.seed,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        log_level="error",
         logging_strategy="no",
         use_cpu=True,
     )
@@ -249,10 +253,11 @@ def same_track_mera(given: Given) -> Found:
 
 def hyper(given: Given) -> Found:
     """The hyperformer of the sources learns the target's embedding and head."""
+    before = given.hyper()
     begin = time.process_time()
-    grown = add_task(given.loaded, given.hyper, given.task, given.rows, settings(given, 1e-2, HyperformerSettings))
+    grown = add_task(given.loaded, before, given.task, given.rows, settings(given, 1e-2, HyperformerSettings))
     seconds = time.process_time() - begin
-    learnt = sum(value.numel() for key, value in grown.tensors.items() if key not in given.hyper.tensors)
+    learnt = sum(value.numel() for key, value in grown.tensors.items() if key not in before.tensors)
     return found(given, task_adapter(grown, given.task.name), learnt, seconds)
 
 
@@ -278,5 +283,21 @@ METHODS: dict[str, Callable[[Given], Found]] = {
     "MerA, same track": same_track_mera,
     "Hyperformer++": hyper,
     "SMoP": prompts,
+    "mean, not aligned": unaligned,
+    "linear mean, as wide as all": merged(None, "linear"),
 }
-"""In the order of the table; the first is cheap, the third is what the others are compared with."""
+"""In the order of the tables."""
+
+FAMILY_ONLY = ("mean, not aligned", "linear mean, as wide as all")
+"""Adapters of one initialisation have a soup in their place."""
+
+FAMILY = (
+    "linear probe",
+    "fresh adapter",
+    "single adapter, by clustering",
+    "AdapterFusion",
+    *FAMILY_ONLY,
+    "MerA, weights",
+    "MerA, activations",
+)
+"""What is compared where the sources are of the target's own family, each from its own initialisation."""

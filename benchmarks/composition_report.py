@@ -20,27 +20,27 @@ Run = Mapping[str, Any]
 Key = tuple[str, int, int]
 
 
-def write_report(runs: Sequence[Run], order: Sequence[str], folder: Path | None) -> None:
+def write_report(runs: Sequence[Run], order: Sequence[str], command: str, folder: Path | None, file: str) -> None:
     """Print the tables, and write them with the runs and a picture."""
     methods = [method for method in order if any(run["method"] == method for run in runs)]
-    text = markdown(runs, methods)
+    text = markdown(runs, methods, command)
     Console().print(Markdown(text))
     if folder is None:
         return
     machine = {"system": platform.system(), "processor": platform.machine(), "libraries": library_versions()}
     data = {"machine": machine, "runs": sorted(runs, key=lambda r: (r["target"], r["size"], r["seed"], r["method"]))}
-    (folder / "composition.json").write_text(json.dumps(data, indent=1) + "\n")
-    (folder / "composition.md").write_text(text)
-    draw(runs, methods, folder / "composition.png")
+    (folder / f"{file}.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / f"{file}.md").write_text(text)
+    draw(runs, methods, folder / f"{file}.png")
 
 
-def markdown(runs: Sequence[Run], methods: Sequence[str]) -> str:
+def markdown(runs: Sequence[Run], methods: Sequence[str], command: str) -> str:
     """All tables."""
     sizes = sorted({run["size"] for run in runs})
     targets = sorted({run["target"] for run in runs})
     lines = ["# Composing adapters for a new task with few rows", ""]
     lines += [
-        "`python benchmarks/composition.py`; what is measured stands there. Accuracy in %, mean ± std over seeds.",
+        f"`{command}`; what is measured stands there. Accuracy in %, mean ± std over seeds.",
         "",
     ]
     lines += [f"Seeds: {', '.join(str(seed) for seed in sorted({run['seed'] for run in runs}))}.", ""]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from graftory.errors import (
     RemoteError,
     VersionConflictError,
 )
-from graftory.hub import Hub, contents, depot
+from graftory.hub import Hub, contents, depot, records
+from graftory.hub.keys import create_key, load_private_key
 from graftory.hub.records import FileEntry, digest_of, record_from_bytes
 from graftory.hub.signature_store import SignatureStore
 from graftory.hub.staging import Staging
@@ -243,6 +245,33 @@ def test_aliases_and_signatures_travel_both_ways(hub: Hub, other: Hub, tmp_path:
     assert third.pull(address(other, "trec")).aliases == ("best", "prod")
     assert third.aliases("trec") == {"best": 2, "prod": 2}
     assert SignatureStore(third.root / ".hub").of("trec", 2) == {"ab" * 16: b"signed"}
+
+
+@pytest.mark.parametrize("direction", ["push", "pull"])
+def test_a_signature_stays_behind_where_the_version_was_made_on_its_own(
+    direction: str, hub: Hub, other: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same adapter, same digest, but another time in its record, which the signature is over."""
+    hub.put("trec", lora())
+    create_key(tmp_path / "key")
+    hub.sign("trec", load_private_key(tmp_path / "key"))
+    with monkeypatch.context() as later:
+        later.setattr(records, "datetime", Later)
+        other.put("trec", lora())
+    assert hub.record("trec").digest == other.record("trec").digest
+    assert hub.record("trec").created != other.record("trec").created
+    delivery = hub.push("trec", address(other)) if direction == "push" else other.pull(address(hub, "trec"))
+    assert delivery.signatures == ()
+    assert other.signatures("trec") == ()
+    assert other.verify().ok
+
+
+class Later(datetime):
+    """A clock that is ahead."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Later:
+        return cls(2100, 1, 1, tzinfo=tz)
 
 
 def test_an_alias_that_means_another_version_there_stays_unless_asked(hub: Hub, other: Hub) -> None:

@@ -51,15 +51,17 @@ def send(depot: Depot, remote: Remote, record: Record, *, move_aliases: bool, pr
     """
     records = closure(record, depot.records.find, remote.find)
     remote.send(records, lambda entry: depot.blobs.path(entry.sha256), progress)
+    signatures: Mapping[str, bytes] = {}
     for item in records:
         signatures = depot.signatures.of(item.name, item.version)
-        if signatures:
+        if signatures and _is_signed_there(item, remote.find(item.digest, item.name)):
             remote.add_signatures(item, signatures)
+        else:
+            signatures = {}
     moved, kept = _carry_aliases(
         record, depot.aliases.current(record.name), remote.aliases(record.name), remote.move_alias, move_aliases
     )
-    keys = tuple(depot.signatures.of(record.name, record.version))
-    return _delivery(records, moved, kept, keys)
+    return _delivery(records, moved, kept, tuple(signatures))
 
 
 def receive(
@@ -76,13 +78,24 @@ def receive(
     records = closure(record, remote.find, depot.records.find)
     # read before anything is kept: damaged logs are no reason to keep half of it
     there, here = remote.aliases(record.name), depot.aliases.current(record.name)
+    signatures: Mapping[str, bytes] = {}
     for item in records:
         depot.receive(item, partial(_fetch, remote, item, progress), allow_nonfinite=allow_nonfinite)
-        for key_id, data in remote.signatures(item).items():
+        fits = _is_signed_there(item, depot.records.read(item.name, item.version))
+        signatures = remote.signatures(item) if fits else {}
+        for key_id, data in signatures.items():
             depot.add_signature(item, key_id, data)
     moved, kept = _carry_aliases(record, there, here, depot.move_alias, move_aliases)
-    keys = tuple(depot.signatures.of(record.name, record.version))
-    return _delivery(records, moved, kept, keys)
+    return _delivery(records, moved, kept, tuple(signatures))
+
+
+def _is_signed_there(record: Record, there: Record | None) -> bool:
+    """Whether signatures of a version are of what lies at the target too.
+
+    A version of the same digest may have been made there on its own: with the same files and specification, but with
+    its own time and metrics in the record. Signatures are over the record's bytes, so they would be wrong there.
+    """
+    return there is not None and there.source == record.source
 
 
 def closure(record: Record, find: _Find, find_there: _Find) -> tuple[Record, ...]:
