@@ -3,8 +3,8 @@
     python benchmarks/soup_lm.py                        # resumable: --folder keeps what is done
 
 Base: SmolLM2-135M, fp32. An adapter (LoRA, rank 8, q and v, one initialisation) is trained on each of six newsgroups:
-96 posts of at most 96 tokens, 24 steps of 4. Novel groups: two others, each near some of the six. For each the
-perplexity on 40 posts of: the base, every adapter, the uniform soup, and soups of those that similarity and
+80 posts of at most 80 tokens, 20 steps of 4. Novel groups: two others, each near some of the six. For each the
+perplexity on 32 posts of: the base, every adapter, the uniform soup, and soups of those that similarity and
 clustering select from a hundred unlabelled posts (encoded with All-MiniLM-L6-v2, as the paper encodes with a sentence
 encoder). Three seeds draw training posts, their order and the examples; the test posts are the same. The paper's
 direction: clustering < similarity < uniform < base, and the best single adapter between.
@@ -41,9 +41,9 @@ BASE, ENCODER = "wheel:smollm2", "wheel:minilm"
 KNOWN = ("sci.space", "rec.autos", "sci.med", "talk.politics.mideast", "comp.graphics", "rec.sport.baseball")
 NOVEL = ("rec.motorcycles", "comp.windows.x")
 SEEDS = (0, 1, 2)
-POSTS, TEST, EXAMPLES = 96, 40, 100
-TASK = TaskFile(name="posts", kind="causal_lm", data=DataSource(sample="20newsgroups"), target="text", max_length=96)
-SETTINGS = TrainSettings(max_steps=24, epochs=100.0, batch_size=4, learning_rate=2e-3)
+POSTS, TEST, EXAMPLES = 80, 32, 100
+TASK = TaskFile(name="posts", kind="causal_lm", data=DataSource(sample="20newsgroups"), target="text", max_length=80)
+SETTINGS = TrainSettings(max_steps=20, epochs=100.0, batch_size=4, learning_rate=2e-3)
 
 
 def main() -> None:

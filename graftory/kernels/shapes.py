@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ def check(condition: bool, text: str) -> None:
 
 def as_rows(x: Tensor) -> tuple[Tensor, torch.Size]:
     """View [N, ..., D] as [N, T, D]; also return the shape to go back to."""
-    return x.reshape(x.shape[0], -1, x.shape[-1]), x.shape
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]), x.shape
 
 
 def clear_unused(update: Tensor, index: Tensor) -> Tensor:

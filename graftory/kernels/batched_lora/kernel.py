@@ -1,0 +1,197 @@
+"""`batched_lora` in Triton: three kernels over a flat list of tiles, no atomics, every sum in a fixed order.
+
+    shrink  S = x Aᵀ              also G = dY B
+    expand  y = (f S) Bᵀ          also dX = (f G) A
+    outer   dA = (f G)ᵀ x         also dB = dYᵀ (f S)
+
+Each reads the factors through strides, so the same kernel serves both; ranks are true: columns of an adapter beyond its
+own rank are not read. With few tiles (decoding) the shrink is split along D_in into parts that the expand adds up in
+their order.
+
+A tile holds entries of one adapter. An entry is a token and one of its M places; entry e belongs to token e // M.
+`tl.dot` needs blocks of 16 or more. Where `upcast` is set, 16-bit numbers are widened as soon as they are read:
+Triton's interpreter multiplies bfloat16 wrongly.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def shrink(
+    x: tl.tensor,
+    factor_matrix: tl.tensor,
+    out: tl.tensor,
+    order: tl.tensor,
+    tile_adapter: tl.tensor,
+    tile_start: tl.tensor,
+    tile_end: tl.tensor,
+    ranks: tl.tensor,
+    part_stride: tl.tensor,
+    width: tl.tensor,
+    rank_stride: tl.tensor,
+    x_token: tl.tensor,
+    x_column: tl.tensor,
+    m_adapter: tl.tensor,
+    m_rank: tl.tensor,
+    m_column: tl.tensor,
+    places: tl.constexpr,
+    parts: tl.constexpr,
+    block_m: tl.constexpr,
+    block_r: tl.constexpr,
+    block_d: tl.constexpr,
+    precision: tl.constexpr,
+    upcast: tl.constexpr,
+) -> None:
+    """out[part, e, r] = Σ_d x[token(e), d] M_k[r, d] over this part's d; zeros behind an adapter's rank."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    adapter = tl.load(tile_adapter + tile).to(tl.int64)
+    start, end = tl.load(tile_start + tile), tl.load(tile_end + tile)
+    if (adapter >= 0) & (start < end):
+        rank = tl.load(ranks + adapter)
+        position = start + tl.arange(0, block_m)
+        inside = position < end
+        entry = tl.load(order + position, mask=inside, other=0).to(tl.int64)
+        token = entry // places
+        r = tl.arange(0, block_r)
+        total = tl.zeros((block_m, block_r), dtype=tl.float32)
+        for first in range(part * block_d, width, parts * block_d):
+            d = first + tl.arange(0, block_d)
+            rows = tl.load(
+                x + token[:, None] * x_token + d[None, :] * x_column,
+                mask=inside[:, None] & (d < width)[None, :],
+                other=0.0,
+            )
+            columns = tl.load(
+                factor_matrix + adapter * m_adapter + r[None, :] * m_rank + d[:, None] * m_column,
+                mask=(r < rank)[None, :] & (d < width)[:, None],
+                other=0.0,
+            )
+            if upcast:
+                rows, columns = rows.to(tl.float32), columns.to(tl.float32)
+            total = tl.dot(rows, columns, total, input_precision=precision)
+        tl.store(
+            out + part * part_stride + entry[:, None] * rank_stride + r[None, :],
+            total,
+            mask=inside[:, None] & (r < rank_stride)[None, :],
+        )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def expand(
+    hidden: tl.tensor,
+    factor_matrix: tl.tensor,
+    out: tl.tensor,
+    order: tl.tensor,
+    tile_adapter: tl.tensor,
+    tile_start: tl.tensor,
+    tile_end: tl.tensor,
+    ranks: tl.tensor,
+    factor: tl.tensor,
+    part_stride: tl.tensor,
+    width: tl.tensor,
+    rank_stride: tl.tensor,
+    m_adapter: tl.tensor,
+    m_rank: tl.tensor,
+    m_column: tl.tensor,
+    parts: tl.constexpr,
+    block_m: tl.constexpr,
+    block_r: tl.constexpr,
+    block_d: tl.constexpr,
+    precision: tl.constexpr,
+    upcast: tl.constexpr,
+) -> None:
+    """out[e, d] = f[e] Σ_r hidden[e, r] M_k[r, d]; exact zeros for entries without an adapter."""
+    tile = tl.program_id(0)
+    adapter = tl.load(tile_adapter + tile).to(tl.int64)
+    start, end = tl.load(tile_start + tile), tl.load(tile_end + tile)
+    if start < end:
+        position = start + tl.arange(0, block_m)
+        inside = position < end
+        entry = tl.load(order + position, mask=inside, other=0).to(tl.int64)
+        d = tl.program_id(1) * block_d + tl.arange(0, block_d)
+        total = tl.zeros((block_m, block_d), dtype=tl.float32)
+        if adapter >= 0:
+            rank = tl.load(ranks + adapter)
+            r = tl.arange(0, block_r)
+            known = inside[:, None] & (r < rank)[None, :]
+            rows = tl.zeros((block_m, block_r), dtype=tl.float32)
+            for part in range(parts):
+                rows += tl.load(
+                    hidden + part * part_stride + entry[:, None] * rank_stride + r[None, :],
+                    mask=known,
+                    other=0.0,
+                )
+            rows = rows * tl.load(factor + entry, mask=inside, other=0.0)[:, None]
+            columns = tl.load(
+                factor_matrix + adapter * m_adapter + r[:, None] * m_rank + d[None, :] * m_column,
+                mask=(r < rank)[:, None] & (d < width)[None, :],
+                other=0.0,
+            )
+            if upcast:
+                columns = columns.to(tl.float32)
+            total = tl.dot(rows.to(columns.dtype), columns, total, input_precision=precision)
+        tl.store(
+            out + entry[:, None] * width + d[None, :],
+            total,
+            mask=inside[:, None] & (d < width)[None, :],
+        )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def outer(
+    hidden: tl.tensor,
+    x: tl.tensor,
+    out: tl.tensor,
+    order: tl.tensor,
+    offsets: tl.tensor,
+    ranks: tl.tensor,
+    factor: tl.tensor,
+    width: tl.tensor,
+    rank_stride: tl.tensor,
+    x_token: tl.tensor,
+    x_column: tl.tensor,
+    out_part: tl.tensor,
+    out_adapter: tl.tensor,
+    out_rank: tl.tensor,
+    out_column: tl.tensor,
+    places: tl.constexpr,
+    parts: tl.constexpr,
+    block_m: tl.constexpr,
+    block_r: tl.constexpr,
+    block_d: tl.constexpr,
+    precision: tl.constexpr,
+    upcast: tl.constexpr,
+) -> None:
+    """out[part, k, r, d] = Σ_e f[e] hidden[e, r] x[token(e), d] over this part's entries e of adapter k, in order."""
+    adapter, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    start, end = tl.load(offsets + adapter), tl.load(offsets + adapter + 1)
+    rank = tl.load(ranks + adapter)
+    r = tl.arange(0, block_r)
+    d = tl.program_id(1) * block_d + tl.arange(0, block_d)
+    total = tl.zeros((block_r, block_d), dtype=tl.float32)
+    for first in range(start + part * block_m, end, parts * block_m):
+        position = first + tl.arange(0, block_m)
+        inside = position < end
+        entry = tl.load(order + position, mask=inside, other=0).to(tl.int64)
+        rows = tl.load(
+            hidden + entry[None, :] * rank_stride + r[:, None],
+            mask=inside[None, :] & (r < rank)[:, None],
+            other=0.0,
+        )
+        rows = rows * tl.load(factor + entry, mask=inside, other=0.0)[None, :]
+        columns = tl.load(
+            x + (entry // places)[:, None] * x_token + d[None, :] * x_column,
+            mask=inside[:, None] & (d < width)[None, :],
+            other=0.0,
+        )
+        if upcast:
+            columns = columns.to(tl.float32)
+        total = tl.dot(rows.to(columns.dtype), columns, total, input_precision=precision)
+    tl.store(
+        out + part * out_part + adapter * out_adapter + r[:, None] * out_rank + d[None, :] * out_column,
+        total,
+        mask=(r < rank_stride)[:, None] & (d < width)[None, :],
+    )

@@ -1,0 +1,154 @@
+"""`batched_lora` in torch's products: against the formula row by row in fp64, forward and every gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from graftory.kernels import batched_lora
+from graftory.kernels.batched_lora import op
+from tests.kernel_samples import Batch, batch, error, expected
+
+CASES: dict[str, Batch] = {
+    "each its own": batch([[0], [1], [2]], (1, 3, 8)),
+    "some none": batch([[2], [-1], [0], [0], [1], [-1], [2]], (4, 17, 16)),
+    "one for all": batch([[0]] * 5, (8,)),
+    "one and none": batch([[0], [-1], [0]], (8,)),
+    "none at all": batch([[-1], [-1]], (2, 3)),
+    "no rows": replace(batch([[0]], (2, 3)), x=torch.zeros(0, 3, 24).double(), index=torch.zeros(0, 1).long()),
+    "no tokens": batch([[0], [1]], (2, 3), tokens=0),
+    "skewed": batch([[1]] * 9 + [[0]], (2, 64, 3), tokens=1),
+    "mixtures": batch([[0, 2], [1, -1], [-1, -1], [2, 2], [-1, 0]], (2, 5, 3), weighted=True),
+    "mixtures unweighted": batch([[0, 1, 2], [2, -1, 1]], (2, 5, 3)),
+    "weighted": batch([[1], [0], [-1], [1]], (2, 5), weighted=True),
+    "many": batch([[k] for k in range(0, 257, 3)], [1 + k % 5 for k in range(257)], tokens=1, inputs=8, outputs=8),
+}
+
+
+def run(given: Batch, backend: op.Backend = "torch") -> Tensor:
+    return batched_lora(
+        given.x, given.a, given.b, given.scale, given.index, given.weight, ranks=given.ranks, backend=backend
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_update_and_gradients_are_the_formula_s(name: str) -> None:
+    given = CASES[name].learning()
+    update = run(given)
+    grad = torch.randn(update.shape, generator=torch.Generator().manual_seed(7)).double()
+    found = [update.detach(), *torch.autograd.grad(update, given.leaves(), grad)]
+    for got, want in zip(found, expected(given, grad), strict=True):
+        assert got.shape == want.shape
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision_loses_no_more_than_torch_s_own_products(dtype: torch.dtype) -> None:
+    given = batch([[0], [1], [-1], [1]], (8, 16), inputs=96, outputs=64, tokens=5).to(dtype)
+    naive = torch.stack([
+        given.scale[k].to(dtype) * ((x @ given.a[k].T) @ given.b[k].T) if k >= 0 else x.new_zeros(5, 64)
+        for x, k in zip(given.x, given.index[:, 0].tolist(), strict=True)
+    ])  # fmt: skip
+    (want,) = expected(given)
+    assert error(run(given), want) <= 2 * error(naive, want)
+
+
+def test_only_what_is_asked_for_is_derived() -> None:
+    given = CASES["mixtures"]
+    x = given.x.clone().requires_grad_()
+    grad = torch.ones(5, 3, 20).double()
+    (found,) = torch.autograd.grad(run(replace(given, x=x)), [x], grad)
+    torch.testing.assert_close(found, expected(given, grad)[1], atol=1e-11, rtol=1e-11)
+    assert not run(given).requires_grad
+
+
+def test_gradients_of_adapters_that_no_row_uses_are_exactly_zero() -> None:
+    given = batch([[0], [2]], (2, 3, 4)).learning()
+    _, grad_a, grad_b = torch.autograd.grad(run(given).square().sum(), given.leaves())
+    assert not grad_a[1].any()
+    assert not grad_b[1].any()
+    assert grad_a[0].any()
+
+
+@pytest.mark.parametrize("name", ["some none", "one and none", "mixtures", "mixtures unweighted"])
+def test_numbers_that_are_none_reach_no_row_of_others(name: str) -> None:
+    """Forward, and the gradients of the other rows and adapters, to the bit."""
+    given = CASES[name]
+    for broken in range(len(given.a)):
+        uses = (given.index == broken).any(1)
+        a, b = given.a.clone(), given.b.clone()
+        a[broken] = b[broken] = float("nan")
+        results = []
+        for each in (given, replace(given, a=a, b=b)):
+            each = each.learning()
+            update = run(each)
+            kept = update[~uses]
+            found = torch.autograd.grad(kept.square().sum(), each.leaves()[:3], allow_unused=True)
+            others = [k for k in range(len(a)) if k != broken]
+            results.append([kept, found[0][~uses], found[1][others], found[2][others]])
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_rows_without_an_adapter_get_zeros_whatever_they_hold() -> None:
+    given = CASES["some none"]
+    x = given.x.clone()
+    x[1] = float("nan")
+    assert torch.equal(run(replace(given, x=x))[1], torch.zeros(3, 20).double())
+
+
+def test_it_takes_tensors_that_are_not_contiguous() -> None:
+    given = CASES["some none"]
+    strided = replace(
+        given,
+        x=given.x.transpose(1, 2).contiguous().transpose(1, 2),
+        a=given.a.transpose(1, 2).contiguous().transpose(1, 2),
+        b=given.b.transpose(0, 1).contiguous().transpose(0, 1),
+    )
+    torch.testing.assert_close(run(strided), run(given), atol=1e-12, rtol=1e-12)
+
+
+def test_gradients_pass_gradcheck() -> None:
+    given = CASES["mixtures"].learning()
+    leaves = given.leaves()
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, weight: batched_lora(x, a, b, given.scale, given.index, weight), leaves
+    )
+
+
+@pytest.mark.parametrize("name", ["some none", "mixtures"])
+def test_it_is_one_operation_for_compilers(name: str) -> None:
+    """Its shapes without running it, its derivative, and its trace, as torch checks them."""
+    given = CASES[name].to(torch.float32).learning()
+    arguments = (given.x, given.a, given.b, given.scale.float(), given.index, given.weight, None, "torch")
+    torch.library.opcheck(torch.ops.graftory.batched_lora.default, arguments)
+    seen: list[str] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(run, backend=compiler, fullgraph=True)
+    assert torch.equal(compiled(given), run(given))
+    assert [target for target in seen if "graftory" in target] == ["graftory.batched_lora.default"]
+
+
+def test_the_compiled_operation_has_the_same_gradients() -> None:
+    given = CASES["mixtures"].learning()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    one = torch.autograd.grad(run(given).square().sum(), given.leaves())
+    other = torch.autograd.grad(compiled(given).square().sum(), given.leaves())
+    for mine, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_a_backend_that_cannot_run_is_refused() -> None:
+    with pytest.raises(ValueError, match="float64 on cpu"):
+        run(CASES["weighted"], "triton")
+    with pytest.raises(ValueError, match="'cuda'"):
+        run(CASES["weighted"], "cuda")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weight"):
+        run(replace(CASES["weighted"], weight=torch.ones(3)))
