@@ -2,12 +2,13 @@
 
     python benchmarks/soup_lm.py                        # resumable: --folder keeps what is done
 
-Base: SmolLM2-135M, fp32. An adapter (LoRA, rank 8, q and v, one initialisation) is trained on each of six newsgroups:
-80 posts of at most 80 tokens, 20 steps of 4. Novel groups: two others, each near some of the six. For each the
-perplexity on 32 posts of: the base, every adapter, the uniform soup, and soups of those that similarity and
+Base: SmolLM2-135M, fp32. An adapter (LoRA, rank 8, q and v, one initialisation) is trained on each of four newsgroups:
+80 posts of at most 80 tokens, 20 steps of 4. Novel groups: two others, each near one of the four. For each the
+perplexity on 24 posts of: the base, every adapter, the uniform soup, and soups of those that similarity and
 clustering select from a hundred unlabelled posts (encoded with All-MiniLM-L6-v2, as the paper encodes with a sentence
 encoder). Three seeds draw training posts, their order and the examples; the test posts are the same. The paper's
-direction: clustering < similarity < uniform < base, and the best single adapter between.
+direction: clustering < similarity < uniform < base, and the best single adapter between. It takes about 40 minutes on
+one core.
 
 The results go to benchmarks/results/soup_lm.{json,md}.
 """
@@ -38,10 +39,10 @@ from graftory.training.features import features_of
 from graftory.versions import library_versions
 
 BASE, ENCODER = "wheel:smollm2", "wheel:minilm"
-KNOWN = ("sci.space", "rec.autos", "sci.med", "talk.politics.mideast", "comp.graphics", "rec.sport.baseball")
+KNOWN = ("sci.space", "rec.autos", "comp.graphics", "rec.sport.baseball")
 NOVEL = ("rec.motorcycles", "comp.windows.x")
 SEEDS = (0, 1, 2)
-POSTS, TEST, EXAMPLES = 80, 32, 100
+POSTS, TEST, EXAMPLES = 80, 24, 100
 TASK = TaskFile(name="posts", kind="causal_lm", data=DataSource(sample="20newsgroups"), target="text", max_length=80)
 SETTINGS = TrainSettings(max_steps=20, epochs=100.0, batch_size=4, learning_rate=2e-3)
 

@@ -242,26 +242,29 @@ def meter(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Meter:
         found.writes += int(mask.data.sum())
         return store(self, pointers, value, mask, *rest)
 
-    def metered_shrink(x: Tensor, matrix: Tensor, tiles: Tiles, ranks: Tensor, *rest: Any, split: bool) -> Any:
+    def metered_shrink(x: Tensor, matrix: Tensor, batch: Any, places: int, *, split: bool) -> Any:
         assert x.shape[1] < 256  # one part
+        tiles, ranks = batch.tiles, batch.ranks
         used = [(int(ranks[k]), n) for k, n in tile_sizes(tiles) if k >= 0 and n]
         reads = 3 * len(tiles.adapter) + sum(1 + n + (n + rank) * x.shape[1] for rank, n in used)
         with found.call(reads, sum(n * matrix.shape[1] for _, n in used)):
-            return shrink(x, matrix, tiles, ranks, *rest, split=split)
+            return shrink(x, matrix, batch, places, split=split)
 
-    def metered_expand(hidden: Tensor, matrix: Tensor, tiles: Tiles, ranks: Tensor, factor: Tensor, blocks: Any) -> Any:
+    def metered_expand(hidden: Tensor, matrix: Tensor, batch: Any) -> Any:
+        tiles, ranks = batch.tiles, batch.ranks
         width, sizes = matrix.shape[2], tile_sizes(tiles)
         used = [(int(ranks[k]), n) for k, n in sizes if k >= 0 and n]
         reads = 3 * len(sizes) + sum(n for _, n in sizes) + sum(1 + n + (n + width) * rank for rank, n in used)
-        assert width <= blocks.d
+        assert width <= batch.blocks.d
         with found.call(reads, len(tiles.order) * width):
-            return expand(hidden, matrix, tiles, ranks, factor, blocks)
+            return expand(hidden, matrix, batch)
 
-    def metered_outer(hidden: Tensor, x: Tensor, out: Tensor, tiles: Tiles, ranks: Tensor, *rest: Any) -> None:
+    def metered_outer(hidden: Tensor, x: Tensor, out: Tensor, batch: Any, places: int) -> None:
+        tiles, ranks = batch.tiles, batch.ranks
         counts = tiles.offsets.diff().tolist()[:-1]
         rows = sum(n * (2 + rank + x.shape[1]) for rank, n in zip(ranks.tolist(), counts, strict=True))
         with found.call(3 * len(counts) + rows, out.numel()):
-            outer(hidden, x, out, tiles, ranks, *rest)
+            outer(hidden, x, out, batch, places)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)

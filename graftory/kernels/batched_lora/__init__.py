@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from graftory.kernels.batched_lora.inputs import Inputs
 from graftory.kernels.batched_lora.op import Backend, apply, resolved
 from graftory.kernels.shapes import as_rows, check
 
@@ -53,5 +54,5 @@ def batched_lora(
     rows, shape = as_rows(x.to(a.dtype))
     places = index if index.dim() == 2 else index[:, None]
     weights = weight if weight is None or weight.dim() == 2 else weight[:, None]
-    backend_ = resolved(backend, rows, a.shape[1])
-    return apply(rows, a, b, scale, places, weights, ranks, backend_).reshape(*shape[:-1], b.shape[1])
+    inputs = Inputs(rows, a, b, scale, places, weights, ranks)
+    return apply(inputs, resolved(backend, rows, a.shape[1])).reshape(*shape[:-1], b.shape[1])

@@ -6,107 +6,69 @@ them; by hand S = x Aᵀ is all that is kept. Flat in the number of adapters, an
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Gradients(NamedTuple):
-    """Of x, a, b and, if there were any, the weights; None where not asked for."""
-
-    x: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
-    weight: Tensor | None
+from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
 
 
-def forward(
-    x: Tensor, a: Tensor, b: Tensor, scale: Tensor, index: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The update [N, T, D_out], and S = x Aᵀ [N, T, M R], without its factor, for the backward.
-
-    Args:
-        x: [N, T, D_in].
-        a: [K, R, D_in].
-        b: [K, D_out, R].
-        scale: [K].
-        index: [N, M].
-        weight: [N, M], or None for 1.
-    """
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The update [N, T, D_out], and S = x Aᵀ [N, T, M R], without its factor, for the backward."""
+    x, a, b, scale, index, weight, _ = inputs
     factor = factors(scale, index, weight, x.dtype)
     if one_for_all(a, index):
         hidden = x @ a[0].T
-        update = (hidden * factor[:, :, None]) @ b[0].T
-    else:
-        hidden = torch.bmm(x, _gather_a(a, index).transpose(1, 2))
-        update = torch.bmm(hidden * spread(factor, a.shape[1]), _gather_b(b, index).transpose(1, 2))
+        return (hidden * factor[:, :, None]) @ b[0].T, hidden
+    hidden = torch.bmm(x, _gather_a(a, index).transpose(1, 2))
+    update = torch.bmm(hidden * spread(factor, a.shape[1]), _gather_b(b, index).transpose(1, 2))
     unused = index < 0
     if _any(unused):
         hidden = hidden.masked_fill(spread(unused, a.shape[1]), 0.0)
-        update = update.masked_fill(unused.all(1)[:, None, None], 0.0)
+        update = _without(update, unused)
     return update, hidden
 
 
-def backward(
-    grad: Tensor,
-    hidden: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    weight: Tensor | None,
-    needed: tuple[bool, bool, bool, bool],
-) -> Gradients:
+def backward(grad: Tensor, hidden: Tensor, inputs: Inputs, needed: Needed) -> Gradients:
     """Gradients, given that of the update [N, T, D_out] and what `forward` kept.
 
     With G = dY B and f the factor: dX = (f G) A, dA = (f G)ᵀ x, dB = dYᵀ (f S), dweight = s Σ G ⊙ S.
     """
+    x, a, b, scale, index, weight, _ = inputs
     rank, places = a.shape[1], index.shape[1]
-    unused = index < 0
-    if _any(unused):
-        grad = grad.masked_fill(unused.all(1)[:, None, None], 0.0)
     factor = spread(factors(scale, index, weight, x.dtype), rank)
     if one_for_all(a, index):
-        return _backward_of_one(grad, hidden, x, a, b, scale, factor, needed)
+        return _backward_of_one(grad, hidden, inputs, factor, needed)
+    unused = index < 0
+    none = not _any(unused)
+    grad = grad if none else _without(grad, unused)
     inner = torch.bmm(grad, _gather_b(b, index))
-    if _any(unused):
-        inner = inner.masked_fill(spread(unused, rank), 0.0)
+    inner = inner if none else inner.masked_fill(spread(unused, rank), 0.0)
     scaled = inner * factor
-    grad_x = torch.bmm(scaled, _gather_a(a, index)) if needed[0] else None
-    if grad_x is not None and _any(unused):
-        grad_x = grad_x.masked_fill(unused.all(1)[:, None, None], 0.0)
-    grad_a = grad_b = grad_weight = None
-    if needed[1]:
+    grad_x = grad_a = grad_b = grad_weight = None
+    if needed.x:
+        grad_x = torch.bmm(scaled, _gather_a(a, index))
+        grad_x = grad_x if none else _without(grad_x, unused)
+    if needed.a:
         each = torch.bmm(scaled.transpose(1, 2), x).view(index.numel(), rank, x.shape[-1])
         grad_a = _to_adapters(each, index, a)
-    if needed[2]:
+    if needed.b:
         each = torch.bmm(grad.transpose(1, 2), hidden * factor)
         grad_b = _to_adapters(each.view(*each.shape[:2], places, rank).transpose(1, 2).flatten(0, 1), index, b)
-    if needed[3]:
+    if needed.weight:
         grad_weight = weight_gradient(inner, hidden, scale, index)
     return Gradients(grad_x, grad_a, grad_b, grad_weight)
 
 
-def _backward_of_one(
-    grad: Tensor,
-    hidden: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    factor: Tensor,
-    needed: tuple[bool, bool, bool, bool],
-) -> Gradients:
+def _backward_of_one(grad: Tensor, hidden: Tensor, inputs: Inputs, factor: Tensor, needed: Needed) -> Gradients:
     """The same where every row uses the only adapter: products of matrices."""
+    x, a, b, scale, *_ = inputs
     inner = grad @ b[0]
     scaled = inner * factor
     return Gradients(
-        x=scaled @ a[0] if needed[0] else None,
-        a=(scaled.flatten(0, 1).T @ x.flatten(0, 1))[None] if needed[1] else None,
-        b=(grad.flatten(0, 1).T @ (hidden * factor).flatten(0, 1))[None] if needed[2] else None,
-        weight=(inner * hidden).sum((1, 2))[:, None] * scale if needed[3] else None,
+        x=scaled @ a[0] if needed.x else None,
+        a=(scaled.flatten(0, 1).T @ x.flatten(0, 1))[None] if needed.a else None,
+        b=(grad.flatten(0, 1).T @ (hidden * factor).flatten(0, 1))[None] if needed.b else None,
+        weight=(inner * hidden).sum((1, 2))[:, None] * scale if needed.weight else None,
     )
 
 
@@ -159,6 +121,11 @@ def _to_adapters(each: Tensor, index: Tensor, like: Tensor) -> Tensor:
     if _any(flat < 0):
         each = each.masked_fill((flat < 0)[:, None, None], 0.0)
     return torch.zeros_like(like).index_add_(0, flat.clamp(min=0), each)
+
+
+def _without(values: Tensor, unused: Tensor) -> Tensor:
+    """Exact zeros in rows that have no adapter at any place."""
+    return values.masked_fill(unused.all(1)[:, None, None], 0.0)
 
 
 def _any(mask: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from graftory.kernels.batched_lora import gathered
+from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
 
 Backend = Literal["auto", "torch", "triton"]
 MAX_RANK = 256
@@ -36,66 +37,34 @@ def resolved(backend: str, x: Tensor, rank: int) -> str:
     return backend
 
 
-def run_forward(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    weight: Tensor | None,
-    ranks: Tensor | None,
-    backend: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def run_forward(inputs: Inputs, backend: str, *, keep: bool) -> tuple[Tensor, Tensor]:
     """The update, and what the backward needs of it."""
     if backend == "torch":
-        return gathered.forward(x, a, b, scale, index, weight)
+        return gathered.forward(inputs)
     from graftory.kernels.batched_lora import launch
 
-    return launch.forward(x, a, b, scale, index, weight, ranks, keep=keep)
+    return launch.forward(inputs, keep=keep)
 
 
-def run_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    weight: Tensor | None,
-    ranks: Tensor | None,
-    backend: str,
-    needed: tuple[bool, bool, bool, bool],
-) -> gathered.Gradients:
+def run_backward(grad: Tensor, hidden: Tensor, inputs: Inputs, backend: str, needed: Needed) -> Gradients:
     """Gradients of x, a, b and weight."""
     if backend == "torch":
-        return gathered.backward(grad, hidden, x, a, b, scale, index, weight, needed)
+        return gathered.backward(grad, hidden, inputs, needed)
     from graftory.kernels.batched_lora import launch
 
-    return launch.backward(grad, hidden, x, a, b, scale, index, weight, ranks, needed)
+    return launch.backward(grad, hidden, inputs, needed)
 
 
 class BatchedLora(torch.autograd.Function):
     """The operation in eager mode: no detour through the dispatcher, which costs as much as a small product."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        scale: Tensor,
-        index: Tensor,
-        weight: Tensor | None,
-        ranks: Tensor | None,
-        backend: str,
-    ) -> Tensor:
-        """See `batched_lora`."""
+    def forward(ctx: Any, backend: str, *inputs: Any) -> Tensor:
+        """See `batched_lora`; the inputs are those of `Inputs`."""
         keep = any(ctx.needs_input_grad)
-        update, hidden = run_forward(x, a, b, scale, index, weight, ranks, backend, keep)
+        update, hidden = run_forward(Inputs(*inputs), backend, keep=keep)
         if keep:
-            ctx.save_for_backward(hidden, x, a, b, scale, index, weight, ranks)
+            ctx.save_for_backward(hidden, *inputs)
             ctx.backend = backend
         return update
 
@@ -103,88 +72,52 @@ class BatchedLora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `gathered.backward`."""
-        need = ctx.needs_input_grad
-        needed = (need[0], need[1], need[2], need[5])
         hidden, *inputs = ctx.saved_tensors
-        x, a, b, scale, index, weight, ranks = inputs
-        found = run_backward(grad, hidden, x, a, b, scale, index, weight, ranks, ctx.backend, needed)
-        return found.x, found.a, found.b, None, None, found.weight, None, None
+        _, x, a, b, _, _, weight, _ = ctx.needs_input_grad
+        found = run_backward(grad, hidden, Inputs(*inputs), ctx.backend, Needed(x, a, b, weight))
+        return None, found.x, found.a, found.b, None, None, found.weight, None
 
 
-@torch.library.custom_op("graftory::batched_lora", mutates_args=())
-def _op(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    weight: Tensor | None,
-    ranks: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    update, hidden = run_forward(x, a, b, scale, index, weight, ranks, backend, True)
+_INPUTS = "Tensor x, Tensor a, Tensor b, Tensor scale, Tensor index, Tensor? weight, Tensor? ranks, str backend"
+
+
+@torch.library.custom_op("graftory::batched_lora", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *inputs, backend = arguments
+    update, hidden = run_forward(Inputs(*inputs), backend, keep=True)
     return update.contiguous(), hidden.contiguous()
 
 
 @_op.register_fake
-def _(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    weight: Tensor | None,
-    ranks: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    del scale, weight, ranks
-    rows, tokens = x.shape[:2]
-    places, rank = index.shape[1], a.shape[1]
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *inputs, backend = arguments
+    x, a, b, _, index, *_ = Inputs(*inputs)
+    (rows, tokens, _), places, rank = x.shape, index.shape[1], a.shape[1]
     update = x.new_empty(rows, tokens, b.shape[1])
     if backend == "torch":
         return update, x.new_empty(rows, tokens, places * rank)
     return update, x.new_empty(rows * tokens * places, rank, dtype=torch.float32)
 
 
-@torch.library.custom_op("graftory::batched_lora_backward", mutates_args=())
-def _backward_op(
-    grad: Tensor,
-    hidden: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    weight: Tensor | None,
-    ranks: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needed = (True, True, True, weight is not None)
-    found = run_backward(grad, hidden, x, a, b, scale, index, weight, ranks, backend, needed)
-    assert found.x is not None
-    assert found.a is not None
-    assert found.b is not None
-    last = x.new_empty(0) if found.weight is None else found.weight
-    return found.x.contiguous(), found.a.contiguous(), found.b.contiguous(), last.contiguous()
+@torch.library.custom_op(
+    "graftory::batched_lora_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor hidden, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward_op(grad: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, backend = arguments
+    inputs = Inputs(*tensors)
+    needed = Needed(True, True, True, inputs.weight is not None)
+    found = run_backward(grad, hidden, inputs, backend, needed)
+    return tuple(grad.new_empty(0) if each is None else each.contiguous() for each in found)
 
 
 @_backward_op.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    weight: Tensor | None,
-    ranks: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    del grad, hidden, scale, index, ranks, backend
-    last = x.new_empty(0) if weight is None else torch.empty_like(weight)
-    made = tuple(each.new_empty(each.shape) for each in (x, a, b))
-    return made[0], made[1], made[2], last
+def _(grad: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    del hidden
+    x, a, b, _, _, weight, *_ = arguments
+    made = (each.new_empty(each.shape) for each in (x, a, b))
+    return *made, grad.new_empty(0) if weight is None else weight.new_empty(weight.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -193,27 +126,18 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _derive(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    weight = ctx.saved_tensors[6]
-    found = _backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.backend)
-    return found[0], found[1], found[2], None, None, None if weight is None else found[3], None, None
+    hidden, *inputs = ctx.saved_tensors
+    x, a, b, weight = _backward_op(grad.contiguous(), hidden, *inputs, ctx.backend)
+    return x, a, b, None, None, weight if Inputs(*inputs).weight is not None else None, None, None
 
 
 _op.register_autograd(_derive, setup_context=_keep)
 
 
-def apply(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    weight: Tensor | None,
-    ranks: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """The operation for x [N, T, D_in] and index [N, M]."""
+def apply(inputs: Inputs, backend: str) -> Tensor:
+    """The operation, by the way that suits who calls it."""
     if torch.compiler.is_compiling():
-        update: Tensor = _op(x, a, b, scale, index, weight, ranks, backend)[0]
+        update: Tensor = _op(*inputs, backend)[0]
         return update
-    made: Tensor = BatchedLora.apply(x, a, b, scale, index, weight, ranks, backend)  # type: ignore[no-untyped-call]
+    made: Tensor = BatchedLora.apply(backend, *inputs)  # type: ignore[no-untyped-call]
     return made

@@ -1,0 +1,47 @@
+"""What `batched_lora` takes, and the gradients that it gives."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """The inputs, rows and places explicit.
+
+    Attributes:
+        x: [N, T, D_in].
+        a: [K, R, D_in].
+        b: [K, D_out, R].
+        scale: [K].
+        index: [N, M].
+        weight: [N, M], or None for 1.
+        ranks: [K], or None for R.
+    """
+
+    x: Tensor
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    index: Tensor
+    weight: Tensor | None = None
+    ranks: Tensor | None = None
+
+
+class Needed(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    a: bool
+    b: bool
+    weight: bool
+
+
+class Gradients(NamedTuple):
+    """Of x, a, b and the weights; None where not asked for."""
+
+    x: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    weight: Tensor | None
