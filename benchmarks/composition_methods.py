@@ -67,14 +67,14 @@ class Found:
         accuracy: On the test rows.
         parameters: How many numbers were trained.
         seconds: CPU time of the training for the target. CPU time, as a clock also shows what else the machine does.
-        answering: CPU time of answering the test rows.
+        answering: CPU time of answering the test rows, if graftory's evaluation answered them.
         note: Which adapters were taken, where that was chosen.
     """
 
     accuracy: float
     parameters: int
     seconds: float
-    answering: float
+    answering: float | None
     note: str = ""
 
 
@@ -173,10 +173,9 @@ def probe(given: Given) -> Found:
     x, y = features_of(given.loaded, given.rows.texts).numpy(), np.array(given.rows.targets)
     model = LogisticRegression(max_iter=2000).fit(x, y)
     seconds = time.process_time() - begin
-    begin = time.process_time()
     right = model.predict(features_of(given.loaded, given.test.texts).numpy()) == np.array(given.test.targets)
     parameters = int(model.coef_.size + model.intercept_.size)
-    return Found(float(right.mean()), parameters, seconds, time.process_time() - begin)
+    return Found(float(right.mean()), parameters, seconds, None)
 
 
 def full(given: Given) -> Found:
@@ -217,7 +216,6 @@ def full(given: Given) -> Found:
     ).train()
     seconds = time.process_time() - begin
     model.eval()
-    begin = time.process_time()
     batches = examples(given.test, labelled=False)
     with torch.inference_mode():
         answers = [
@@ -227,7 +225,7 @@ def full(given: Given) -> Found:
         ]
     right = [answer == target for answer, target in zip(answers, given.test.targets, strict=True)]
     parameters = sum(p.numel() for p in model.parameters())
-    return Found(sum(right) / len(right), parameters, seconds, time.process_time() - begin)
+    return Found(sum(right) / len(right), parameters, seconds, None)
 
 
 def aligned(by: Literal["weights", "activations"]) -> Callable[[Given], Found]:

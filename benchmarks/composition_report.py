@@ -44,7 +44,7 @@ def markdown(runs: Sequence[Run], methods: Sequence[str], command: str) -> str:
         "",
     ]
     lines += [f"Seeds: {', '.join(str(seed) for seed in sorted({run['seed'] for run in runs}))}.", ""]
-    lines += ["## Mean over targets", ""]
+    lines += [f"Answering: CPU time of the test rows, {REFERENCE} = 1.", "", "## Mean over targets", ""]
     head = ["method", *(f"{n} rows" for n in sizes), "trained numbers", "training, CPU s", "answering"]
     lines += table(head, [
         [
@@ -83,11 +83,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def accuracies(runs: Sequence[Run], method: str, size: int) -> dict[Key, float]:
     """In %, by what is paired."""
-    return {
-        (run["target"], run["size"], run["seed"]): 100 * run["accuracy"]
-        for run in runs
-        if run["method"] == method and run["size"] == size
-    }
+    return {key_of(run): 100 * run["accuracy"] for run in runs if run["method"] == method and run["size"] == size}
 
 
 def overall(runs: Sequence[Run], method: str, size: int) -> str:
@@ -101,11 +97,16 @@ def overall(runs: Sequence[Run], method: str, size: int) -> str:
 def answering(runs: Sequence[Run], method: str) -> str:
     """CPU time of answering the test rows, as a multiple of the reference's in the same target, size and seed."""
     mine, theirs = (
-        {(run["target"], run["size"], run["seed"]): run["answering"] for run in runs if run["method"] == name}
+        {key_of(run): run["answering"] for run in runs if run["method"] == name and run["answering"] is not None}
         for name in (method, REFERENCE)
     )
     ratios = [mine[key] / theirs[key] for key in mine.keys() & theirs.keys()]
-    return f"{statistics.median(ratios):.2f}" if ratios else "-"
+    return f"{statistics.median(ratios):.2f}" if ratios else "–"
+
+
+def key_of(run: Run) -> Key:
+    """What is paired."""
+    return run["target"], run["size"], run["seed"]
 
 
 def spread(runs: Sequence[Run], method: str, size: int) -> str:
