@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftory.adapter import Adapter
+from graftory.adapter import Adapter, TaskInfo
 from graftory.compose import merge, record_inputs
 from graftory.compose.merge.align import align, distances
 from graftory.compose.merge.mera import MeraParameters, canonical
@@ -235,3 +235,18 @@ def test_inputs_are_recorded_from_the_model_that_runs(config: Any, loaded: Loade
     first = next(iter(inputs.values()))
     bare = make(loaded.model, config, seed=2)
     torch.testing.assert_close(next(iter(record_inputs(loaded, bare, texts).values())), first, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["classification", "causal_lm"])
+def test_the_same_tokens_are_recorded_for_adapters_of_other_lengths_and_templates(kind: Any, tmp_path: Path) -> None:
+    base = tiny_base(kind, tmp_path)
+    texts = ["w1 w2 w3 w4 w5 w6 w7 w8 w9", "w4 w5"]
+    adapters = []
+    for seed, (length, template) in enumerate([(4, "{text}"), (64, "w7 w8 {text}")]):
+        info = TaskInfo("t", kind, max_length=length, template=template)
+        one = make(base.model, BottleneckConfig(size=6), seed=seed)
+        adapters.append(replace(one, spec=replace(one.spec, task=info)))
+    inputs = [record_inputs(base, adapter, texts) for adapter in adapters]
+    first, second = (next(iter(each.values())) for each in inputs)
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+    merge(adapters, "mera", parameters=MeraParameters(by="activations"), inputs=inputs)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from graftory.adapter import Adapter, TaskInfo
+from graftory.adapter import Adapter, TaskInfo, TaskKind
 from graftory.adapters import AdaptedModel
 from graftory.adapters.site import shown
 from graftory.data import Text
 from graftory.training import LoadedBase
-from graftory.training.encode import Collator, encode
+from graftory.training.encode import Collator, Example, encode
 from graftory.training.losses import model_inputs
 
 MAX_TOKENS = 2048
@@ -20,7 +20,7 @@ MAX_TOKENS = 2048
 
 
 def record_inputs(
-    loaded: LoadedBase, adapter: Adapter, texts: Sequence[Text], *, batch_size: int = 32
+    loaded: LoadedBase, adapter: Adapter, texts: Sequence[Text], *, batch_size: int = 32, max_length: int = 128
 ) -> dict[str, Tensor]:
     """Run a model with an adapter, and keep what the adapter reads at each of its sites.
 
@@ -29,6 +29,8 @@ def record_inputs(
         adapter: The adapter.
         texts: The same for all adapters that are to be compared.
         batch_size: Rows at a time.
+        max_length: Tokens a text is cut to. Not the adapter's own, nor is its template used: what is compared must be
+            the same tokens for all.
 
     Returns:
         [tokens, d_in] by path, tokens that are no padding, at most `MAX_TOKENS` of them.
@@ -37,8 +39,8 @@ def record_inputs(
         BaseMismatchError: If it belongs to another base.
     """
     recorder = _Recorder()
-    info = adapter.spec.task or TaskInfo("texts", "classification", labels=("x",))
-    examples = [encode(loaded.tokenizer, info, text, "" if info.kind == "seq2seq" else None) for text in texts]
+    kind = adapter.spec.task.kind if adapter.spec.task else "classification"
+    examples = [_encoded(loaded, kind, text, max_length) for text in texts]
     collator = Collator(loaded.tokenizer.pad_token_id)
     adapted = AdaptedModel(loaded.model, loaded.base)
     try:
@@ -48,10 +50,16 @@ def record_inputs(
             for start in range(0, len(examples), batch_size):
                 batch = collator(examples[start : start + batch_size])
                 recorder.mask = batch["attention_mask"].bool().to(loaded.model.device)
-                adapted(**model_inputs(info.kind, {key: value.to(loaded.model.device) for key, value in batch.items()}))
+                adapted(**model_inputs(kind, {key: value.to(loaded.model.device) for key, value in batch.items()}))
     finally:
         adapted.detach()
     return {path: _spread(torch.cat(parts)) for path, parts in recorder.parts.items()}
+
+
+def _encoded(loaded: LoadedBase, kind: TaskKind, text: Text, max_length: int) -> Example:
+    template = "{text}" if isinstance(text, str) else "{text} {pair}"
+    info = TaskInfo("texts", kind, max_length=max_length, template=template)
+    return encode(loaded.tokenizer, info, text, "" if kind == "seq2seq" else None)
 
 
 class _Recorder:
