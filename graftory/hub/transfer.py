@@ -93,9 +93,10 @@ def _is_signed_there(record: Record, there: Record | None) -> bool:
     """Whether signatures of a version are of what lies at the target too.
 
     A version of the same digest may have been made there on its own: with the same files and specification, but with
-    its own time and metrics in the record. Signatures are over the record's bytes, so they would be wrong there.
+    its own time in the record. Signatures are over the record's bytes, so they would be wrong there. A remote that
+    keeps parents inside of what is composed of them does not find them by digest: it has those that were sent.
     """
-    return there is not None and there.source == record.source
+    return there is None or there.source == record.source
 
 
 def closure(record: Record, find: _Find, find_there: _Find) -> tuple[Record, ...]:
