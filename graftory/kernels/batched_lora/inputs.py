@@ -15,7 +15,7 @@ class Inputs(NamedTuple):
         a: [K, R, D_in].
         b: [K, D_out, R].
         scale: [K].
-        index: [N, M].
+        adapter: index [N, M]; -1 for none.
         weight: [N, M], or None for 1.
         ranks: [K], or None for R.
     """
@@ -24,7 +24,7 @@ class Inputs(NamedTuple):
     a: Tensor
     b: Tensor
     scale: Tensor
-    index: Tensor
+    adapter: Tensor
     weight: Tensor | None = None
     ranks: Tensor | None = None
 

@@ -66,7 +66,7 @@ class _Batch(NamedTuple):
 
 def forward(inputs: Inputs, *, keep: bool) -> tuple[Tensor, Tensor]:
     """As `gathered.forward`; S is [E, R] in fp32, and only made whole if it is to be kept."""
-    places, batch = inputs.index.shape[1], _batch_of(inputs)
+    places, batch = inputs.adapter.shape[1], _batch_of(inputs)
     hidden = _shrink(batch.tokens, inputs.a, batch, places, split=not keep)
     update = _rows(_expand(hidden, inputs.b.transpose(1, 2), batch), inputs.x, places)
     return update, hidden[0] if keep else hidden.new_empty(0)
@@ -75,7 +75,7 @@ def forward(inputs: Inputs, *, keep: bool) -> tuple[Tensor, Tensor]:
 def backward(grad: Tensor, hidden: Tensor, inputs: Inputs, needed: Needed) -> Gradients:
     """As `gathered.backward`."""
     x, a, b = inputs[:3]
-    places, batch = inputs.index.shape[1], _batch_of(inputs)
+    places, batch = inputs.adapter.shape[1], _batch_of(inputs)
     flat = grad.reshape(-1, grad.shape[-1])
     inner = _shrink(flat, b.transpose(1, 2), batch, places, split=False)
     grad_x = grad_a = grad_b = grad_weight = None
@@ -89,8 +89,8 @@ def backward(grad: Tensor, hidden: Tensor, inputs: Inputs, needed: Needed) -> Gr
         _outer(hidden, flat, grad_b.transpose(1, 2), batch, places)
     if needed.weight:
         unused = (batch.adapter < 0)[:, None]
-        rows = (each.masked_fill(unused, 0.0).view(*x.shape[:2], -1) for each in (inner[0], hidden))
-        grad_weight = weight_gradient(*rows, inputs.scale, inputs.index)
+        rows = [each.masked_fill(unused, 0.0).view(*x.shape[:2], -1) for each in (inner[0], hidden)]
+        grad_weight = weight_gradient(rows[0], rows[1], inputs.scale, inputs.adapter)
     return Gradients(grad_x, grad_a, grad_b, grad_weight)
 
 
@@ -98,7 +98,7 @@ def _batch_of(inputs: Inputs) -> _Batch:
     x, a, _, scale, index, weight, ranks = inputs
     by_row = factors(scale, index, weight, torch.float32)
     adapter, factor = (values.repeat_interleave(x.shape[1], 0).flatten() for values in (index, by_row))
-    blocks = blocks_for(len(adapter), *a.shape[:2], a.dtype)
+    blocks = blocks_for(len(adapter), a.shape[0], a.shape[1], a.dtype)
     true = torch.full(a.shape[:1], a.shape[1], device=a.device) if ranks is None else ranks
     return _Batch(
         tokens=x.reshape(-1, x.shape[-1]),
