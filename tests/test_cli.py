@@ -73,6 +73,8 @@ def test_list_imports_nothing_heavy(tmp_path: Path) -> None:
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
     assert "graftory.hub" in imported
     assert not imported & set(HEAVY)
+    other = ("base_check", "diff", "folders", "foreign", "gc", "layouts", "lineage", "signing", "transfer", "verify")
+    assert not imported & {f"graftory.hub.{name}" for name in other}, "what other commands need"
 
 
 def test_help_imports_no_command() -> None:

@@ -1,4 +1,8 @@
-"""The hub: versions of adapters, by name. Torch is imported only to make or read tensors."""
+"""The hub: versions of adapters, by name.
+
+Torch is imported only to make or read tensors, and what is for one method only with that method: `hub list` waits for
+neither.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +12,25 @@ from typing import TYPE_CHECKING
 
 from graftory.adapter import Adapter, AdapterRef, BaseModel, check_name
 from graftory.errors import AdapterNotFoundError, ConfigError
-from graftory.hub.base_check import base_shapes, check_fits
 from graftory.hub.codecs import codec_of
 from graftory.hub.codecs.tensors import check_finite
 from graftory.hub.contents import check_file_names
 from graftory.hub.depot import Depot
-from graftory.hub.diff import Difference, diff
-from graftory.hub.folders import read_folder, write_folder
-from graftory.hub.foreign import outline, take_in
-from graftory.hub.gc import KEEP_SECONDS, Collected, collect
 from graftory.hub.index import IndexRow
-from graftory.hub.layouts import write_layout
-from graftory.hub.lineage import lineage_graph
 from graftory.hub.locate import find_hub, is_hub
-from graftory.hub.named import resolve_address
 from graftory.hub.records import Record
-from graftory.hub.remotes.addresses import open_remote, split_remote_ref
 from graftory.hub.remotes.base import Foreign, Progress, silent
-from graftory.hub.report import Report
 from graftory.hub.resolve import resolve
-from graftory.hub.signing import Signed, sign
-from graftory.hub.transfer import Delivery, receive, send
-from graftory.hub.verify import verify
 
 if TYPE_CHECKING:
     import networkx
 
+    from graftory.hub.diff import Difference
+    from graftory.hub.gc import Collected
     from graftory.hub.keys import PrivateKey, PublicKey
+    from graftory.hub.report import Report
+    from graftory.hub.signing import Signed
+    from graftory.hub.transfer import Delivery
 
 
 class Hub:
@@ -164,6 +160,9 @@ class Hub:
             UnsupportedAdapterError: If the adapter uses something graftory does not do, or is a pickle.
             VersionConflictError: If `version` exists with other content.
         """
+        from graftory.hub.base_check import base_shapes, check_fits
+        from graftory.hub.folders import read_folder
+
         AdapterRef(check_name(name), version=version)
         spec, files = read_folder(Path(folder).expanduser(), name, base)
         tensors = codec_of(spec).check(files, spec)
@@ -180,6 +179,8 @@ class Hub:
             BaseMismatchError: If a module is missing there or has another shape.
             DataError: If the folder holds no base model.
         """
+        from graftory.hub.base_check import base_shapes, check_fits
+
         record = self.record(ref)
         check_fits(record.spec, record.tensors, base_shapes(Path(folder).expanduser()))
 
@@ -190,6 +191,8 @@ class Hub:
             AdapterNotFoundError: If the reference names nothing here.
             VersionConflictError: If the folder holds other files.
         """
+        from graftory.hub.folders import write_folder
+
         record = self.record(ref)
         return write_folder(Path(folder).expanduser().absolute(), record.spec, self._files(record))
 
@@ -210,6 +213,10 @@ class Hub:
             VersionConflictError: If the remote has the version with other content.
             RemoteError: If the remote cannot be reached, read or written.
         """
+        from graftory.hub.named import resolve_address
+        from graftory.hub.remotes.addresses import open_remote
+        from graftory.hub.transfer import send
+
         there = open_remote(resolve_address(self._depot, remote))
         return send(self._depot, there, self.record(ref), move_aliases=move_aliases, progress=progress)
 
@@ -242,6 +249,12 @@ class Hub:
             BaseMismatchError: If it does not fit the base.
             RemoteError: If the remote cannot be reached or read.
         """
+        from graftory.hub.base_check import base_shapes, check_fits
+        from graftory.hub.foreign import outline, take_in
+        from graftory.hub.named import resolve_address
+        from graftory.hub.remotes.addresses import split_remote_ref
+        from graftory.hub.transfer import Delivery, receive
+
         remote, wanted = split_remote_ref(resolve_address(self._depot, remote_ref))
         item = remote.record(wanted)
         if base is not None:
@@ -268,6 +281,9 @@ class Hub:
         Raises:
             RemoteError: If the remote cannot be reached or read.
         """
+        from graftory.hub.named import resolve_address
+        from graftory.hub.remotes.addresses import open_remote
+
         return dict(open_remote(resolve_address(self._depot, remote)).listing())
 
     def write_layout(
@@ -285,6 +301,8 @@ class Hub:
             UnsupportedAdapterError: If the program cannot take it.
             VersionConflictError: If the folder holds other files.
         """
+        from graftory.hub.layouts import write_layout
+
         record = self.record(ref)
         target = Path(folder).expanduser().absolute()
         return write_layout(record, self._files(record), target, layout=layout, served_base=served_base)
@@ -308,6 +326,8 @@ class Hub:
         Raises:
             AdapterNotFoundError: If a reference names nothing here.
         """
+        from graftory.hub.verify import verify
+
         return verify(self._depot, refs, complete=complete, keys=keys, progress=progress)
 
     def gc(self, *, dry_run: bool = False, partial_downloads: bool = False) -> Collected:
@@ -320,10 +340,14 @@ class Hub:
         Raises:
             CorruptAdapterError: If a record is damaged; nothing is removed.
         """
+        from graftory.hub.gc import KEEP_SECONDS, collect
+
         return collect(self._depot, dry_run=dry_run, keep_seconds=0.0 if partial_downloads else KEEP_SECONDS)
 
     def diff(self, left: str | AdapterRef, right: str | AdapterRef) -> Difference:
         """What differs between two versions: recorded values, metrics, tensors, LoRA updates. Raises as `get`."""
+        from graftory.hub.diff import diff
+
         return diff(self._depot, self.record(left), self.record(right))
 
     def sign(self, ref: str | AdapterRef, key: PrivateKey) -> Signed:
@@ -333,6 +357,8 @@ class Hub:
             CorruptAdapterError: If bytes are not the recorded ones.
             SignatureError: If a parent that it is composed of is not here.
         """
+        from graftory.hub.signing import sign
+
         return sign(self._depot, ref, key)
 
     def signatures(self, ref: str | AdapterRef) -> tuple[str, ...]:
@@ -363,6 +389,8 @@ class Hub:
             ref: The adapter.
             children: Whether to follow what was made from it as well.
         """
+        from graftory.hub.lineage import lineage_graph
+
         return lineage_graph(self._depot, self.record(ref), children=children)
 
     def _adapter(self, record: Record) -> Adapter:
