@@ -253,7 +253,8 @@ def hyper(given: Given) -> Found:
     """The hyperformer of the sources learns the target's embedding and head."""
     before = given.hyper()
     begin = time.process_time()
-    grown = add_task(given.loaded, before, given.task, given.rows, settings(given, 1e-2, HyperformerSettings))
+    both = replace(settings(given, 1e-2, HyperformerSettings), head_learning_rate=1e-2, embedding_learning_rate=1e-2)
+    grown = add_task(given.loaded, before, given.task, given.rows, both)
     seconds = time.process_time() - begin
     learnt = sum(value.numel() for key, value in grown.tensors.items() if key not in before.tensors)
     return found(given, task_adapter(grown, given.task.name), learnt, seconds)

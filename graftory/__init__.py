@@ -14,17 +14,22 @@ from graftory.config import AdapterConfig, BottleneckConfig, LoraConfig
 from graftory.errors import GraftoryError
 
 if TYPE_CHECKING:
-    from graftory.adapters import AdaptedModel, attach, base_of, new_adapter
-    from graftory.compose import export, merge
+    from graftory.adapters import AdaptedModel, ResidentAdapters, attach, base_of, new_adapter
+    from graftory.adapters.peft_model import mixed_batches, undo_mixed_batches
+    from graftory.compose.export import export
+    from graftory.compose.merge import merge
     from graftory.hub import Hub
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "AdaptedModel": "graftory.adapters",
+    "ResidentAdapters": "graftory.adapters",
     "attach": "graftory.adapters",
     "base_of": "graftory.adapters",
     "new_adapter": "graftory.adapters",
+    "mixed_batches": "graftory.adapters.peft_model",
+    "undo_mixed_batches": "graftory.adapters.peft_model",
     "export": "graftory.compose",
     "merge": "graftory.compose",
     "Hub": "graftory.hub",
@@ -44,12 +49,15 @@ __all__ = [
     "LoraConfig",
     "Metric",
     "Parent",
+    "ResidentAdapters",
     "TaskInfo",
     "attach",
     "base_of",
     "export",
     "merge",
+    "mixed_batches",
     "new_adapter",
+    "undo_mixed_batches",
 ]
 
 

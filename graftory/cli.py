@@ -35,9 +35,10 @@ COMMANDS: Mapping[str, str] = {
     "compose": "Train a module on top of several adapters.",
     "continual": "Learn tasks one after another, and report what was forgotten.",
     "export": "Fold an adapter into its base and save one plain model.",
+    "serve-plugin": "Let vLLM serve the adapters of this hub by their names.",
     "demo": "See all of it on real tasks, in a few minutes.",
 }
-"""Each is `command` in the module of its name in `graftory.commands`, and its help begins with this line."""
+"""Each is `command` in the module of its name in `graftory.commands` (`_` for `-`); its help begins with this line."""
 
 
 class Failure(click.ClickException):
@@ -63,7 +64,7 @@ class LazyGroup(click.Group):
         """Import one command."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"graftory.commands.{cmd_name}").command
+        command: click.Command = import_module(f"graftory.commands.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 (click's signature)

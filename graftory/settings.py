@@ -76,15 +76,23 @@ class SmopSettings(TrainSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HyperformerSettings(TrainSettings):
-    """How a hyperformer is trained on several tasks. The paper: AdamW, learning rate 3e-4 for T5, temperature 10."""
+    """How a hyperformer is trained on several tasks. The paper: AdamW, one learning rate of 3e-4 (T5), temperature 10.
 
-    learning_rate: float = option("highest learning rate", 1e-3)
+    A step of the generator moves each weight that it makes by as many steps as an embedding has units, so it gets a
+    smaller rate than an adapter of its own would: at 1e-3 small encoders learn nothing. Heads, which T5 does not have,
+    and embeddings get larger ones.
+    """
+
+    learning_rate: float = option("highest learning rate of the generator", 1e-4)
+    embedding_learning_rate: float = option("highest learning rate of the tasks' embeddings", 1e-2)
+    head_learning_rate: float = option("highest learning rate of the heads", 2e-3)
     temperature: float = option("T: a batch is of a task with a probability ∝ rows^(1/T); 1 is by size", 10.0)
 
     def __post_init__(self) -> None:
         TrainSettings.__post_init__(self)
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature: got {self.temperature}, wanted more than 0")
+        for name in ("embedding_learning_rate", "head_learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted more than 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-INTEGERS = ("order", "tile_adapter", "tile_start", "tile_end", "ranks", "offsets")
+INTEGERS = ("order", "tile_adapter", "tile_start", "tile_end", "ranks", "offsets", "columns")
 UNIT = {
     "shrink": (("x_column", "m_column"), ("x_column", "m_rank")),
     "expand": (("m_rank",), ("m_column",)),
@@ -38,11 +38,11 @@ UNIT = {
 FP32 = {"shrink": ("out",), "expand": ("hidden", "factor"), "outer": ("hidden", "factor")}
 
 
-def signature_of(name: str, fn: Any, dtype: str, unit: tuple[str, ...]) -> dict[str, str]:
-    """The types of a kernel's arguments, by their names."""
+def signature_of(name: str, fn: Any, dtype: str, given: Mapping[str, Any]) -> dict[str, str]:
+    """The types of a kernel's arguments, by their names; those of `given` are constants."""
     types = {}
     for each in fn.params:
-        if each.is_constexpr or each.name in unit:
+        if each.name in given:
             types[each.name] = "constexpr"
         elif each.name in INTEGERS:
             types[each.name] = "*i32"
@@ -57,12 +57,13 @@ def signature_of(name: str, fn: Any, dtype: str, unit: tuple[str, ...]) -> dict[
 
 @dataclass(frozen=True)
 class Case:
-    """What is compiled."""
+    """What is compiled; with `slices`, what differs for several of them: their columns, or a sum over them."""
 
     target: str
     dtype: str
     blocks: Blocks
     layout: int
+    slices: int = 1
 
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -70,10 +71,12 @@ DECODING, PREFILL = (64, 64), (8192, 8)
 """Entries and adapters."""
 
 
-def cases(target: str, dtype: str, batch: tuple[int, int], ranks: Sequence[int], layouts: Sequence[int]) -> list[Case]:
+def cases(
+    target: str, dtype: str, batch: tuple[int, int], ranks: Sequence[int], layouts: Sequence[int], slices: int = 1
+) -> list[Case]:
     """Blocks as `launch` chooses them."""
     blocks = [blocks_for(*batch, rank, TYPES[dtype]) for rank in ranks]
-    return [Case(target, dtype, each, layout) for each in blocks for layout in layouts]
+    return [Case(target, dtype, each, layout, slices) for each in blocks for layout in layouts]
 
 
 CASES = (
@@ -83,25 +86,52 @@ CASES = (
     *cases("sm_80", "bf16", PREFILL, (128,), (0, 1)),
     *cases("sm_80", "fp32", PREFILL, (64, 128), (0,)),
     *cases("gfx942", "bf16", PREFILL, (8, 128), (0,)),
+    *cases("sm_90", "bf16", PREFILL, (8, 64, 128), (0, 1), 3),
+    *cases("sm_90", "bf16", DECODING, (256,), (0, 1), 3),
+    *cases("sm_90", "fp32", PREFILL, (128,), (0, 1), 3),
+    *cases("sm_80", "bf16", PREFILL, (128,), (0, 1), 3),
+    *cases("gfx942", "bf16", PREFILL, (16,), (0, 1), 3),
 )
+
+
+def summed(name: str, case: Case) -> bool:
+    """Whether a kernel sums over slices: dX does."""
+    return case.slices > 1 and name == "expand" and case.layout == 1
+
+
+def apart(name: str, case: Case) -> bool:
+    """Whether slices have columns of their own; where they only share x, a kernel is the same without them."""
+    return case.slices > 1 and case.layout == (0 if name == "expand" else 1)
 
 
 def compiled(name: str, case: Case) -> dict[str, Any]:
     """One kernel for one target, as `launch` asks for it: pointers, widths and strides are multiples of 16, or 1."""
     fn: Any = getattr(kernel, name)
-    unit, blocks = UNIT[name][case.layout], case.blocks
-    signature = signature_of(name, fn, case.dtype, unit)
+    blocks = case.blocks
     given: Mapping[str, Any] = {
-        "places": 1, "parts": 1, "block_m": blocks.m, "block_r": blocks.r, "block_d": blocks.d,
-        "precision": "ieee", "upcast": False, **dict.fromkeys(unit, 1),
+        "places": 1, "parts": 1, "unit": 16, "slices": case.slices if summed(name, case) else 1,
+        "block_m": blocks.m, "block_r": blocks.r, "block_d": blocks.d,
+        "precision": "ieee", "upcast": False, **dict.fromkeys(UNIT[name][case.layout], 1),
+        **({} if apart(name, case) else {"columns": None}),
     }  # fmt: skip
-    constexprs = {(fn.arg_names.index(key),): value for key, value in given.items() if key in signature}
-    even = {(i,): [["tt.divisibility", 16]] for i, each in enumerate(signature.values()) if each != "constexpr"}
-    source = ASTSource(fn, signature, constexprs, even)
     options = {"num_warps": blocks.warps, **({} if name == "shrink" else {"num_stages": 1})}
-    made = triton.compile(source, target=TARGETS[case.target], options=options)
-    found = {**asdict(case), "shared": made.metadata.shared}
-    return {**found, **(resources(made.asm["cubin"]) if "cubin" in made.asm else {"bytes": len(made.asm["hsaco"])})}
+    made = build(fn, signature_of(name, fn, case.dtype, given), given, case.target, options)
+    return {**asdict(case), **made}
+
+
+def build(
+    fn: Any, signature: Mapping[str, str], given: Mapping[str, Any], target: str, options: Mapping[str, int]
+) -> dict[str, Any]:
+    """What a kernel needs; numbers but for those of `given` are multiples of 16."""
+    constexprs = {(fn.arg_names.index(key),): value for key, value in given.items() if key in signature}
+    even = {
+        (i,): [["tt.divisibility", 16]]
+        for i, each in enumerate(signature.values())
+        if each not in ("constexpr", "fp32")
+    }
+    made = triton.compile(ASTSource(fn, signature, constexprs, even), target=TARGETS[target], options=options)
+    needs = resources(made.asm["cubin"]) if "cubin" in made.asm else {"bytes": len(made.asm["hsaco"])}
+    return {"target": target, "shared": made.metadata.shared, **needs}
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -121,8 +151,9 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main(name: str) -> None:
-    """All cases."""
-    print(json.dumps([compiled(name, case) for case in CASES]))
+    """All cases that are a kernel of their own."""
+    own = [case for case in CASES if case.slices == 1 or summed(name, case) or apart(name, case)]
+    print(json.dumps([compiled(name, case) for case in own]))
 
 
 if __name__ == "__main__":

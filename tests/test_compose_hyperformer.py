@@ -30,7 +30,24 @@ from tests.conftest import tiny_batch, tiny_model
 from tests.training_samples import tiny_base, tiny_rows, tiny_task
 
 SMALL = HyperformerConfig(size=5, embedding=6, hidden=7)
-QUICK = HyperformerSettings(max_steps=30, epochs=100, batch_size=8, learning_rate=2e-2, warmup=0.0)
+RATES = ("learning_rate", "embedding_learning_rate", "head_learning_rate")
+
+
+def at_rates(rate: float, **fields: Any) -> HyperformerSettings:
+    return HyperformerSettings(
+        epochs=100,
+        batch_size=8,
+        warmup=0.0,
+        learning_rate=rate,
+        embedding_learning_rate=rate,
+        head_learning_rate=rate,
+        **fields,
+    )
+
+
+QUICK = at_rates(2e-2, max_steps=30)
+STILL = at_rates(1e-12, max_steps=1)
+"""A training that moves nothing far."""
 KINDS = [{}, {"shared": False}, {"generates": "lora"}, {"generates": "lora", "shared": False}]
 
 
@@ -156,7 +173,7 @@ def test_training_lowers_the_loss_of_both_tasks(kind: TaskKind, fields: dict[str
     loaded, tasks = tiny_base(kind, tmp_path), two_tasks(kind)
     base = {key: value.clone() for key, value in loaded.model.state_dict().items()}
     trained = hyperformer(loaded, tasks, replace(SMALL, **fields), QUICK)
-    start = hyperformer(loaded, tasks, replace(SMALL, **fields), replace(QUICK, max_steps=1, learning_rate=1e-9))
+    start = hyperformer(loaded, tasks, replace(SMALL, **fields), STILL)
     for task, rows in tasks:
         jobs = [
             Job(which, task_adapter(hyper, task.name), None, task, rows)
@@ -170,6 +187,21 @@ def test_training_lowers_the_loss_of_both_tasks(kind: TaskKind, fields: dict[str
     assert not still, "every tensor learns"
 
 
+@pytest.mark.parametrize("rate", RATES)
+def test_generator_embeddings_and_heads_have_rates_of_their_own(loaded: LoadedBase, rate: str) -> None:
+    start = hyperformer(loaded, two_tasks(), SMALL, STILL)
+    more: dict[str, Any] = {rate: 1e-2}
+    moved = hyperformer(loaded, two_tasks(), SMALL, replace(STILL, **more))
+    far = {name for name, value in moved.tensors.items() if (value - start.tensors[name]).abs().max() > 1e-4}
+    begin, middle, end = {
+        "learning_rate": ("encoder.", "", ""),
+        "embedding_learning_rate": ("tasks.", "", ".embedding"),
+        "head_learning_rate": ("tasks.", ".head.", ""),
+    }[rate]
+    assert far
+    assert all(name.startswith(begin) and middle in name and name.endswith(end) for name in far)
+
+
 def test_a_new_task_learns_its_embedding_and_head_alone(loaded: LoadedBase) -> None:
     tasks = two_tasks()
     hyper = hyperformer(loaded, tasks[:1], SMALL, QUICK)
@@ -179,7 +211,7 @@ def test_a_new_task_learns_its_embedding_and_head_alone(loaded: LoadedBase) -> N
     assert all(torch.equal(grown.tensors[name], value) for name, value in hyper.tensors.items())
     more = set(grown.tensors) - set(hyper.tensors)
     assert more == {"tasks.1.embedding", "tasks.1.head.classifier.weight", "tasks.1.head.classifier.bias"}
-    untrained = add_task(loaded, hyper, *tasks[1], settings=replace(QUICK, max_steps=1, learning_rate=1e-9))
+    untrained = add_task(loaded, hyper, *tasks[1], settings=STILL)
     assert not torch.equal(grown.tensors["tasks.1.embedding"], untrained.tensors["tasks.1.embedding"])
     assert [parent.relation for parent in grown.spec.lineage.parents] == ["continued"]
     with pytest.raises(ConfigError, match="each may be there once"):

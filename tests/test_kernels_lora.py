@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graftory.kernels import batched_lora
-from graftory.kernels.batched_lora import op
+from graftory.kernels.backend import Backend
 from tests.kernel_samples import Batch, batch, error, expected
 
 CASES: dict[str, Batch] = {
@@ -28,7 +28,7 @@ CASES: dict[str, Batch] = {
 }
 
 
-def run(given: Batch, backend: op.Backend = "torch") -> Tensor:
+def run(given: Batch, backend: Backend = "torch") -> Tensor:
     return batched_lora(
         given.x, given.a, given.b, given.scale, given.index, given.weight, ranks=given.ranks, backend=backend
     )

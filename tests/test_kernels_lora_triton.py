@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from graftory.kernels import batched_lora
 from graftory.kernels.tiles import Tiles, cut
+from tests import interpreted
+from tests.interpreted import Meter, poisoned
 from tests.kernel_samples import Batch, batch, error, expected
 from tests.test_kernels_lora import CASES
 
@@ -25,8 +26,6 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
     reason="Triton is not interpreted in this process: set TRITON_INTERPRET=1",
 )
-GUARD = 64
-"""Numbers behind every output that no kernel may touch."""
 
 
 @pytest.fixture
@@ -39,26 +38,8 @@ def launch() -> ModuleType:
 
 @pytest.fixture
 def guarded(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Outputs start as NaN, so what is not written shows, and what lies behind them is looked at in the end."""
-    made: list[tuple[Tensor, int]] = []
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        count = int(torch.Size(shape).numel())
-        memory = torch.full((count + GUARD,), float("nan"), dtype=dtype, device=device)
-        made.append((memory, count))
-        return memory[:count].view(shape)
-
-    monkeypatch.setattr(launch, "empty", empty)
-    yield
-    assert made
-    assert all(memory[count:].isnan().all() for memory, count in made)
-
-
-def poisoned(tensor: Tensor) -> Tensor:
-    """The same numbers, with NaN behind each row and behind the last."""
-    wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), float("nan"), dtype=tensor.dtype)
-    wide[..., : tensor.shape[-1]] = tensor
-    return wide[..., : tensor.shape[-1]]
+    with interpreted.guarded(launch, monkeypatch):
+        yield
 
 
 def padded_with_nan(given: Batch) -> Batch:
@@ -92,6 +73,8 @@ MORE: dict[str, Batch] = {
     "wide": batch([[0], [-1], [1]], (8, 3), tokens=2, inputs=600, outputs=16),
     "dozens": batch([[k] for k in range(0, 40, 3)], [1 + k % 5 for k in range(40)], tokens=1, inputs=8, outputs=8),
     "long": batch([[0], [1]], (4, 8), tokens=129, inputs=16, outputs=33),
+    "alone": batch([[2, 0], [-1, 3], [-1, -1]], (3, 17, 1, 8, 64, 2), tokens=1, inputs=40, weighted=True),
+    "alone and wide": batch([[1], [-1], [0]], (8, 16, 3), tokens=1, inputs=1100, outputs=600),
 }
 
 
@@ -160,61 +143,15 @@ def test_tiles_hold_each_entry_once_with_its_adapter(size: int) -> None:
         assert tiles.offsets.diff().tolist() == [*counts, entries - sum(counts)]
 
 
-SOURCE = Path(batched_lora.__code__.co_filename).parent / "kernel.py"
-MASKS = (
-    *("inside[:, None]", "inside[None, :]", "mask=inside"),
-    *("(d < width)[None, :]", "(d < width)[:, None]", "(r < rank)[None, :]", "(r < rank)[:, None]"),
-    *("(r < rank_stride)[None, :]", "(r < rank_stride)[:, None]"),
-)
-
-
-def broken(text: str, mask: str, number: int) -> str:
-    """The source with the n-th occurrence of a mask always true."""
-    parts = text.split(mask)
-    head, tail = mask.join(parts[: number + 1]), mask.join(parts[number + 1 :])
-    condition = "inside" if "inside" in mask else mask.split("[")[0]
-    true = mask.replace(condition, f"({condition} | True)")
-    return head + true + tail
-
-
-def mutations() -> list[tuple[str, int]]:
-    text = SOURCE.read_text()
-    return [(mask, number) for mask in MASKS for number in range(text.count(mask))]
-
-
 @pytest.fixture
-def load(launch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts other kernels in place."""
+def load(launch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Puts other kernels in place, with room for what they break."""
 
-    def put(text: str) -> None:
-        path = tmp_path / "mutant.py"
-        path.write_text(text)
-        spec = importlib.util.spec_from_file_location("mutant", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module: Any = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(launch, "kernel", module)
+    def put(name: str, text: str) -> None:
+        interpreted.give_room(launch, monkeypatch)
+        monkeypatch.setattr(launch, name, interpreted.load(text, tmp_path))
 
     return put
-
-
-@dataclass
-class Meter:
-    """What kernels read and write, number by number, and what they have to."""
-
-    seen: list[tuple[int, int]] = field(default_factory=list)
-    due: list[tuple[int, int]] = field(default_factory=list)
-    reads: int = 0
-    writes: int = 0
-
-    @contextmanager
-    def call(self, reads: int, writes: int) -> Iterator[None]:
-        """One launch, and what it may read and write."""
-        self.reads = self.writes = 0
-        yield
-        self.seen.append((self.reads, self.writes))
-        self.due.append((reads, writes))
 
 
 def tile_sizes(tiles: Tiles) -> list[tuple[int, int]]:
@@ -226,88 +163,102 @@ def tile_sizes(tiles: Tiles) -> list[tuple[int, int]]:
 def meter(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Meter:
     """Counts the lanes of every load and store, beside a closed form of what is needed.
 
-    Each tile reads three numbers; a used one a rank, its entries, their factors, their rows and its matrix once.
+    Each tile reads three numbers; a used one a rank, its entries, their factors, their rows and its matrix once. An
+    entry that is taken alone reads its adapter, then the same without a place in an order.
     """
-    from triton.runtime.interpreter import InterpreterBuilder
+    found = interpreted.metered(monkeypatch)
+    shrink, expand, outer = launch.shrink, launch.expand, launch.outer
 
-    found = Meter()
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    shrink, expand, outer = launch._shrink, launch._expand, launch._outer
+    def used_by(batch: Any) -> tuple[list[tuple[int, int]], int]:
+        """Rank and number of entries of each program with an adapter; and what all read before they know it."""
+        ranks = batch.ranks[0].tolist()
+        if batch.single:
+            used = [(ranks[k], 1) for k in batch.adapter.tolist() if k >= 0]
+            return used, len(batch.adapter) - len(used)  # so that an adapter, or a place in the order, is one number
+        sizes = tile_sizes(batch.tiles)
+        return [(ranks[k], n) for k, n in sizes if k >= 0 and n], 3 * len(sizes)
 
-    def counted_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        found.reads += int(mask.data.sum())
-        return load(self, pointers, mask, *rest)
-
-    def counted_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        found.writes += int(mask.data.sum())
-        return store(self, pointers, value, mask, *rest)
-
-    def metered_shrink(x: Tensor, matrix: Tensor, batch: Any, places: int, *, split: bool) -> Any:
+    def metered_shrink(x: Tensor, matrix: Tensor, batch: Any, *, split: bool) -> Any:
         assert x.shape[1] < 256  # one part
-        tiles, ranks = batch.tiles, batch.ranks
-        used = [(int(ranks[k]), n) for k, n in tile_sizes(tiles) if k >= 0 and n]
-        reads = 3 * len(tiles.adapter) + sum(1 + n + (n + rank) * x.shape[1] for rank, n in used)
-        with found.call(reads, sum(n * matrix.shape[1] for _, n in used)):
-            return shrink(x, matrix, batch, places, split=split)
+        used, before = used_by(batch)
+        reads = before + sum(1 + n + (n + rank) * x.shape[1] for rank, n in used)
+        with found.call(reads, sum(n * matrix.shape[2] for _, n in used)):
+            return shrink(x, matrix, batch, split=split)
 
     def metered_expand(hidden: Tensor, matrix: Tensor, batch: Any) -> Any:
-        tiles, ranks = batch.tiles, batch.ranks
-        width, sizes = matrix.shape[2], tile_sizes(tiles)
-        used = [(int(ranks[k]), n) for k, n in sizes if k >= 0 and n]
-        reads = 3 * len(sizes) + sum(n for _, n in sizes) + sum(1 + n + (n + width) * rank for rank, n in used)
+        width, entries = matrix.shape[3], len(batch.adapter)
+        used, before = used_by(batch)
+        # a tile without an adapter reads its entries, as it writes zeros there
+        free = 0 if batch.single else int((batch.adapter < 0).sum())
+        reads = before + free + sum(1 + 2 * n + (n + width) * rank for rank, n in used)
         assert width <= batch.blocks.d
-        with found.call(reads, len(tiles.order) * width):
+        with found.call(reads, entries * width):
             return expand(hidden, matrix, batch)
 
-    def metered_outer(hidden: Tensor, x: Tensor, out: Tensor, batch: Any, places: int) -> None:
-        tiles, ranks = batch.tiles, batch.ranks
-        counts = tiles.offsets.diff().tolist()[:-1]
-        rows = sum(n * (2 + rank + x.shape[1]) for rank, n in zip(ranks.tolist(), counts, strict=True))
+    def metered_outer(hidden: Tensor, x: Tensor, out: Tensor, batch: Any) -> None:
+        ranks, counts = batch.ranks[0].tolist(), batch.tiles.offsets.diff().tolist()[:-1]
+        rows = sum(n * (2 + rank + x.shape[1]) for rank, n in zip(ranks, counts, strict=True))
         with found.call(3 * len(counts) + rows, out.numel()):
-            outer(hidden, x, out, batch, places)
+            outer(hidden, x, out, batch)
 
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
-    for name, wrapped in (("_shrink", metered_shrink), ("_expand", metered_expand), ("_outer", metered_outer)):
+    for name, wrapped in (("shrink", metered_shrink), ("expand", metered_expand), ("outer", metered_outer)):
         monkeypatch.setattr(launch, name, wrapped)
     return found
 
 
 WITNESS = batch([[0, 2], [1, -1], [-1, -1]], (17, 1, 3), tokens=2, inputs=20, outputs=20, weighted=True)
+ALONE = batch([[0, 2], [1, -1]], (17, 1, 3, 8), tokens=1, inputs=20, outputs=20, weighted=True)
+"""With no more entries than adapters."""
+SOURCES = {"kernel": WITNESS, "decode": ALONE}
+FOLDER = Path(batched_lora.__code__.co_filename).parent
+MASKS = (
+    *("inside[:, None]", "inside[None, :]", "mask=inside"),
+    *("(d < width)[None, :]", "(d < width)[:, None]", "(r < rank)[None, :]", "(r < rank)[:, None]"),
+    *("(r < rank_stride)[None, :]", "(r < rank_stride)[:, None]"),
+    *("mask=(d < width)", "mask=(r < rank)", "mask=(r < rank_stride)"),
+)
 
 
-@pytest.mark.parametrize("name", ["some none", "mixtures", "a block and one", "dozens"])
+def alone(mask: str, text: str, number: int) -> bool:
+    """Whether the n-th occurrence is all of a mask, where the pattern is the beginning of a longer one too."""
+    return not mask.startswith("mask=(") or text.split(mask)[number + 1][:1] in (",", "\n")
+
+
+def mutations() -> list[tuple[str, str, int]]:
+    found = []
+    for name in SOURCES:
+        text = (FOLDER / f"{name}.py").read_text()
+        found += [
+            (name, *each)
+            for each in interpreted.mutations(FOLDER / f"{name}.py", MASKS)
+            if alone(each[0], text, each[1])
+        ]
+    return found
+
+
+@pytest.mark.parametrize("name", ["some none", "mixtures", "a block and one", "dozens", "alone"])
 def test_nothing_is_read_or_written_but_what_has_to_be(name: str, meter: Meter) -> None:
     assert max(errors(SWEEP[name], torch.float32)) < 1e-6
     assert meter.seen == meter.due
 
 
-@pytest.mark.parametrize(("mask", "number"), mutations())
-@pytest.mark.usefixtures("roomy")
-def test_every_mask_is_needed(mask: str, number: int, load: Callable[[str], None], meter: Meter) -> None:
+@pytest.mark.parametrize(("name", "mask", "number"), mutations())
+def test_every_mask_is_needed(
+    name: str, mask: str, number: int, load: Callable[[str, str], None], meter: Meter
+) -> None:
     """With any one mask always true, a number is wrong, or something is read or written that need not be."""
     from triton.runtime.errors import InterpreterError
 
-    load(broken(SOURCE.read_text(), mask, number))
+    load(name, interpreted.broken((FOLDER / f"{name}.py").read_text(), mask, number))
     try:
-        wrong = not max(errors(WITNESS, torch.float32)) < 1e-6
+        wrong = not max(errors(SOURCES[name], torch.float32)) < 1e-6
     except InterpreterError:  # what lies beyond a tensor overflows
         wrong = True
     assert wrong or meter.seen != meter.due
 
 
-def test_the_source_from_a_file_passes_as_it_is(load: Callable[[str], None], meter: Meter) -> None:
-    load(SOURCE.read_text())
-    assert max(errors(WITNESS, torch.float32)) < 1e-6
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_source_from_a_file_passes_as_it_is(name: str, load: Callable[[str, str], None], meter: Meter) -> None:
+    load(name, (FOLDER / f"{name}.py").read_text())
+    assert max(errors(SOURCES[name], torch.float32)) < 1e-6
     assert meter.seen == meter.due
-
-
-@pytest.fixture
-def roomy(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Much room behind every output, so that a broken kernel damages nothing."""
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        count = int(torch.Size(shape).numel())
-        return torch.zeros(2 * count + 100_000, dtype=dtype, device=device)[:count].view(shape)
-
-    monkeypatch.setattr(launch, "empty", empty)

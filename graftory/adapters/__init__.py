@@ -3,7 +3,8 @@
 from graftory.adapters.adapted import AdaptedModel, attach, is_adapted
 from graftory.adapters.create import new_adapter
 from graftory.adapters.fingerprint import base_of
+from graftory.adapters.resident import ResidentAdapters
 from graftory.adapters.route import Row
 from graftory.adapters.table import METHODS
 
-__all__ = ["METHODS", "AdaptedModel", "Row", "attach", "base_of", "is_adapted", "new_adapter"]
+__all__ = ["METHODS", "AdaptedModel", "ResidentAdapters", "Row", "attach", "base_of", "is_adapted", "new_adapter"]

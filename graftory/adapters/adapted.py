@@ -37,9 +37,14 @@ class AdaptedModel(nn.Module):
     """A frozen base model with any number of adapters in it.
 
     Outside of `route` it is the bare base. The base's modules stay in place and its state dict is unchanged.
+
+    Args:
+        model: A transformers model.
+        base: Its description; taken from it if not given.
+        capacity: Make places for so many adapters at once; more can come, and then places are made anew.
     """
 
-    def __init__(self, model: PreTrainedModel, base: BaseModel | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, base: BaseModel | None = None, *, capacity: int = 0) -> None:
         super().__init__()
         if is_adapted(model):
             raise RouteError("adapters are attached to this model already: add() more to those, or detach() them first")
@@ -47,6 +52,7 @@ class AdaptedModel(nn.Module):
         self.sites = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         self._base = base
+        self._capacity = capacity
         self._entries: dict[str, _Entry] = {}
         self._slots = 0
         self._frozen_before = {name: weight.requires_grad for name, weight in model.named_parameters()}
@@ -191,6 +197,7 @@ class AdaptedModel(nn.Module):
             key = f"{type(site).__name__} {found}".replace(".", "/")
             if key in self.sites:
                 site = self._site(key)
+            site.reserve(self._capacity)
             site.put(entry.slot, config, path, adapter)
             if key not in self.sites:
                 self.sites[key] = site
@@ -213,7 +220,8 @@ class AdaptedModel(nn.Module):
                 assert isinstance(site, Site | HeadSite)
                 if slot in site.weights:
                     site.drop(slot)
-                if not site.weights:
+                # with a fixed number of places, the next adapter will want them again
+                if not site.weights and not self._capacity:
                     site.uninstall()
                     del holder[key]
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +23,23 @@ from transformers.activations import ACT2FN
 
 from graftory.adapter import Adapter
 from graftory.adapters.architectures import Architecture, matching, module_at, need_architecture
+from graftory.adapters.bank import Bank
+from graftory.adapters.banked_site import dropout_of
 from graftory.adapters.fusion_math import Source
 from graftory.adapters.fusion_site import FusableSite, named
 from graftory.adapters.method import Method
-from graftory.adapters.route import Route, Selection
+from graftory.adapters.route import Selection
 from graftory.config import Activation, BottleneckConfig, NormedBottleneckConfig, Placement
 from graftory.errors import UnsupportedAdapterError
 from graftory.kernels import batched_bottleneck
-from graftory.kernels.shapes import stack_padded
 
 DOWN, DOWN_BIAS, UP, UP_BIAS, NORM, NORM_BIAS = NormedBottleneckConfig.parts
 
 
 class BottleneckSite(FusableSite[BottleneckConfig]):
     """Bottleneck weights at one site: D [size, d], c [size], U [d, size], e [d] of each adapter."""
+
+    padded: ClassVar = {DOWN: 0, DOWN_BIAS: 0, UP: 1, UP_BIAS: 0}
 
     def __init__(self, model: PreTrainedModel, path: str, owner: int) -> None:
         super().__init__(model, path, owner)
@@ -62,45 +66,45 @@ class BottleneckSite(FusableSite[BottleneckConfig]):
         del model
         self.handles.append(self.module.register_forward_hook(self._hook))
 
-    def select(self, x: Tensor) -> list[tuple[Route, Selection]]:
-        """The entries for this site, one selection per activation and per dropout rate in use, and per fusion."""
+    def scale_of(self, config: BottleneckConfig, path: str) -> float:
+        """See `BankedSite.scale_of`."""
+        del path
+        return config.scale
+
+    def kind_of(self, config: BottleneckConfig) -> str:
+        """One call has one activation."""
+        return config.activation
+
+    def changes(self, x: Tensor) -> list[tuple[Bank | None, Selection]]:
+        """The rows to change: those of each bank, and of each fusion, which has none."""
         route = self.route()
         if route is None:
             return []
-        kinds: dict[tuple[str, float], list[str]] = {}
-        for slot, config in self.configs.items():
-            kinds.setdefault((config.activation, config.dropout), []).append(slot)
-        picked = [route.select(slots, x) for slots in kinds.values()]
-        plain = [selection for selection in picked if selection is not None]
-        return [(route, selection) for selection in (*plain, *self.fused_selections(route, x))]
+        return [*self.selections(route, x), *((None, selection) for selection in self.fused_selections(route, x))]
 
-    def update(self, x: Tensor, selection: Selection) -> Tensor:
-        """What the adapters, or a fusion, add, for inputs [entries, ..., d]."""
-        slots = selection.slots
-        if slots[0] in self.fusions:
+    def update(self, x: Tensor, bank: Bank | None, selection: Selection) -> Tensor:
+        """What the adapters, or a fusion, add to the rows of a selection, for inputs [E, ..., d]."""
+        if bank is None:
             return self.fused_update(x, selection)
         self.show(x)
-        config = self.configs[slots[0]]
-        act = ACT2FN[config.activation]
-        rate = config.dropout if self.training else 0.0
-        down = stack_padded([self.get(slot, DOWN) for slot in slots], dim=0)
+        configs = [self.configs[slot] for slot in selection.slots]
+        used = self.used(bank, selection)
+        down, down_bias, up, up_bias, *_ = used.tensors
+        keep = None
+        if self.training:
+            shape = (*x.shape[:-1], used.index.shape[1] * down.shape[1])
+            keep = dropout_of([config.dropout for config in configs], selection.index, shape)
         return batched_bottleneck(
-            x,
-            down,
-            stack_padded([self.get(slot, DOWN_BIAS) for slot in slots], dim=0),
-            stack_padded([self.get(slot, UP) for slot in slots], dim=1),
-            stack_padded([self.get(slot, UP_BIAS) for slot in slots], dim=0),
-            torch.tensor([self.configs[slot].scale for slot in slots], device=down.device),
-            selection.index,
-            (lambda hidden: functional.dropout(act(hidden), rate)) if rate else act,
-        )
+            x, down, down_bias, up, up_bias, used.scale, used.index, selection.weights,
+            activation=configs[0].activation, keep=keep, sizes=used.sizes,
+        )  # fmt: skip
 
     def _hook(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         del args
         hidden = output[0] if isinstance(output, tuple) else output
         changed = hidden
-        for _route, selection in self.select(hidden):
-            changed = selection.add(changed, self.update(selection.take(hidden), selection))
+        for bank, selection in self.changes(hidden):
+            changed = selection.add(changed, self.update(selection.take(hidden), bank, selection))
         if changed is hidden:
             return None
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
@@ -112,8 +116,8 @@ class NormSite(BottleneckSite):
     def _hook(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         changed = total = args[0]
         touched: list[Tensor] = []
-        for _route, selection in self.select(total):
-            changed = selection.add(changed, self.update(selection.take(output), selection))
+        for bank, selection in self.changes(total):
+            changed = selection.add(changed, self.update(selection.take(output), bank, selection))
             touched.append(_all_rows(total) if selection.rows is None else selection.rows)
         if not touched:
             return None
@@ -144,8 +148,8 @@ class ParallelSite(BottleneckSite):
         if x is None:
             return None
         changed = output
-        for _route, selection in self.select(x):
-            changed = selection.add(changed, self.update(selection.take(x), selection))
+        for bank, selection in self.changes(x):
+            changed = selection.add(changed, self.update(selection.take(x), bank, selection))
         return changed
 
 
@@ -218,6 +222,8 @@ def _tap_of(model: PreTrainedModel, path: str) -> str:
 class NormedSite(BottleneckSite):
     """Houlsby's places, with a LayerNorm behind the bottleneck: h becomes h + LN(U act(D h + c) + e)."""
 
+    padded: ClassVar = {**BottleneckSite.padded, NORM: 0, NORM_BIAS: 0}
+
     def shapes(self, config: BottleneckConfig, path: str) -> Mapping[str, tuple[int, ...]]:
         """As a plain one's, and the norm's [d], [d]."""
         return {**super().shapes(config, path), NORM: (self.width,), NORM_BIAS: (self.width,)}
@@ -227,15 +233,18 @@ class NormedSite(BottleneckSite):
         del path
         raise UnsupportedAdapterError(f"a {adapter.spec.method} adapter cannot be fused; train a plain one")
 
-    def update(self, x: Tensor, selection: Selection) -> Tensor:
-        """See `BottleneckSite.update`; each entry is normalised with its own adapter's gain and shift."""
-        update = functional.layer_norm(super().update(x, selection), (self.width,))
-        gain, shift = (
-            torch.stack([self.get(slot, part) for slot in selection.slots])[selection.index]
-            for part in (NORM, NORM_BIAS)
-        )
-        middle = [1] * (update.dim() - gain.dim())
-        return update * gain.view(len(gain), *middle, -1) + shift.view(len(shift), *middle, -1)
+    def changes(self, x: Tensor) -> list[tuple[Bank | None, Selection]]:
+        """See `BottleneckSite.changes`; adapters that a row mixes are normalised apart."""
+        return [(bank, part) for bank, selection in super().changes(x) for part in selection.apart()]
+
+    def update(self, x: Tensor, bank: Bank | None, selection: Selection) -> Tensor:
+        """See `BottleneckSite.update`; each row is normalised with its own adapter's gain and shift."""
+        assert bank is not None
+        update = functional.layer_norm(super().update(x, bank, replace(selection, weights=None)), (self.width,))
+        used = self.used(bank, selection)
+        own, middle = used.index[:, 0], [1] * (update.dim() - 2)
+        gain, shift = (tensor[own].view(len(own), *middle, -1) for tensor in used.tensors[-2:])
+        return selection.weighted(update * gain + shift)
 
 
 def _normed_site(model: PreTrainedModel, path: str, owner: int, config: NormedBottleneckConfig) -> NormedSite:

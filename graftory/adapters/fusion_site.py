@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter
+from graftory.adapters.banked_site import BankedSite
 from graftory.adapters.fusion_math import Attention, Source, Sources, fuse
 from graftory.adapters.route import Route, Selection
-from graftory.adapters.site import Site
 from graftory.config import AdapterConfig, FusionConfig, FusionPlace
 from graftory.errors import AdapterNotFoundError, ShapeError
 
@@ -41,7 +41,7 @@ def watched(watcher: Watcher) -> Iterator[None]:
         _WATCHER.reset(token)
 
 
-class FusableSite(Site[C]):
+class FusableSite(BankedSite[C]):
     """A site whose adapters can also be fused."""
 
     def __init__(self, model: PreTrainedModel, path: str, owner: int) -> None:
@@ -91,7 +91,7 @@ class FusableSite(Site[C]):
 
     def fused_selections(self, route: Route, x: Tensor) -> list[Selection]:
         """The entries that use fusions, one selection each."""
-        found = [route.select([slot], x) for slot in self.fusions]
+        found = [route.select((slot,), x) for slot in self.fusions]
         return [selection for selection in found if selection is not None]
 
     def fused_update(self, x: Tensor, selection: Selection) -> Tensor:
@@ -106,7 +106,7 @@ class FusableSite(Site[C]):
         if watcher is not None:
             seen = weights.detach().view(*x.shape[:-1], -1)
             watcher(self.owner, slot, place, selection.rows, seen)
-        return update.view(*x.shape[:-1], -1)
+        return selection.weighted(update.view(*x.shape[:-1], -1))
 
     def _source(self, adapter: Adapter, path: str) -> Source:
         spelt = next((target for target in adapter.spec.config.targets if same_module(target, path)), None)

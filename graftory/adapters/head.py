@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import head_paths
+from graftory.adapters.bank import Bank
 from graftory.adapters.route import current_route
 from graftory.errors import ShapeError
+from graftory.kernels import batched_head
+
+_MOST_OUTPUTS = 1024
 
 
 class HeadSite(nn.Module):
@@ -22,7 +26,8 @@ class HeadSite(nn.Module):
 
     A head is a copy of the base's module with the adapter's own weights, so heads of any make and size
     work. In a mixed batch the base's head runs on the whole batch (rows without a head keep its exact bits),
-    each adapter's head on its rows, and narrower logits are padded with minus infinity on the right.
+    each adapter's head on its rows, and narrower logits are padded with minus infinity on the right. Heads of one
+    linear layer lie in a bank and answer in one call.
     """
 
     template: nn.Module
@@ -36,6 +41,8 @@ class HeadSite(nn.Module):
         module = model.get_submodule(path)
         object.__setattr__(self, "template", copy.deepcopy(module))
         self.handles: list[RemovableHandle] = [module.register_forward_hook(self._hook)]
+        parts = tuple(name for name, _ in module.named_parameters())
+        self.bank = Bank(parts) if type(module) is nn.Linear else None
 
     def put(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
         """Add an adapter's head, given by the names its parameters have in the model.
@@ -45,17 +52,24 @@ class HeadSite(nn.Module):
         """
         module = copy.deepcopy(self.template)
         device = next(module.parameters()).device
-        for name, old in list(module.named_parameters()):
+        own = {}
+        for name, old in module.named_parameters():
             tensor = tensors.get(f"{self.path}.{name}")
             if tensor is None or tensor.shape[1:] != old.shape[1:]:
                 got = "nothing" if tensor is None else str(tuple(tensor.shape))
                 raise ShapeError(f"head {self.path}.{name}: got {got}, wanted (outputs, {tuple(old.shape[1:])})")
-            replace_parameter(module, name, tensor.detach().to(device).clone())
+            own[name] = nn.Parameter(tensor.detach().to(device).clone())
+        if self.bank is not None and self._fits_bank(own):
+            own = self.bank.put(slot, own, 1.0)
+        for name, parameter in own.items():
+            replace_parameter(module, name, parameter)
         self.weights[slot] = module
 
     def drop(self, slot: str) -> None:
         """Remove an adapter's head."""
         del self.weights[slot]
+        if self.bank is not None and slot in self.bank.layout:
+            self.bank.drop(slot)
 
     def tensors(self, slot: str) -> dict[str, Tensor]:
         """Copies of an adapter's head, on the CPU."""
@@ -78,14 +92,49 @@ class HeadSite(nn.Module):
             return None
         if len(used) == 1 and None not in rows:
             return self._logits(next(iter(used)), args[0]).to(output.dtype)
-        x = args[0]
-        logits = {slot: self._logits(slot, x[where]).to(output.dtype) for slot, where in used.items()}
-        width = max(output.shape[-1], *(piece.shape[-1] for piece in logits.values()))
+        pieces = list(self._pieces(rows, used, args[0]))
+        width = max(output.shape[-1], *(piece.shape[-1] for _, piece in pieces))
         result = _padded(output, width)
-        for slot, piece in logits.items():
-            where = torch.tensor(used[slot], device=x.device)
-            result = result.index_copy(0, where, _padded(piece, width))
+        for numbers, piece in pieces:
+            where = torch.tensor(numbers, device=result.device)
+            result = result.index_copy(0, where, _padded(piece.to(output.dtype), width))
         return result
+
+    def _pieces(
+        self, rows: Sequence[str | None], used: Mapping[str, list[int]], x: Tensor
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Logits with the rows that they are of: all of the bank's at once, those of other heads one by one."""
+        banked = [slot for slot in used if self.bank is not None and slot in self.bank.layout]
+        if self.bank is not None and len(banked) > 1:
+            numbers = [number for number, row in enumerate(rows) if row in banked]
+            yield numbers, self._together(self.bank, banked, [rows[number] or "" for number in numbers], x[numbers])
+        else:
+            banked = []
+        for slot, numbers in used.items():
+            if slot not in banked:
+                yield numbers, self._logits(slot, x[numbers])
+
+    def _together(self, bank: Bank, slots: list[str], rows: list[str], x: Tensor) -> Tensor:
+        """The logits of rows whose heads are in the bank."""
+        weight, *bias = (bank.joined(part, slots) for part in bank.parts)
+        places = torch.tensor([bank.place_of(slot) for slot in slots], device=x.device)
+        index = torch.tensor([slots.index(row) for row in rows], device=x.device)
+        sizes = bank.sizes()[places].long()
+        return batched_head(x.to(weight.dtype), weight, bias[0] if bias else None, index, sizes)
+
+    def _fits_bank(self, own: Mapping[str, Tensor]) -> bool:
+        assert self.bank is not None
+        dtypes = tuple(tensor.dtype for tensor in own.values())
+        # each row's own weights are gathered: for thousands of outputs that would be more than it spares
+        small = len(next(iter(own.values()))) <= _MOST_OUTPUTS
+        return small and len(set(dtypes)) == 1 and self.bank.dtypes in ((), dtypes)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> HeadSite:
+        """Follow the parameters to another device or dtype."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.bank is not None:
+            self.bank.repair()
+        return self
 
     def _logits(self, slot: str, x: Tensor) -> Tensor:
         """One head's outputs, in the precision it was stored in whatever the base's is."""
@@ -99,13 +148,13 @@ def _padded(logits: Tensor, width: int) -> Tensor:
     return functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
 
 
-def replace_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor in place of a parameter, by dotted name; a linear layer learns its new number of outputs."""
+def replace_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put another one in place of a parameter, by dotted name; a linear layer learns its new number of outputs."""
     path, _, leaf = name.rpartition(".")
     owner: Any = module.get_submodule(path)
-    setattr(owner, leaf, nn.Parameter(tensor))
+    setattr(owner, leaf, parameter)
     if isinstance(owner, nn.Linear) and leaf == "weight":
-        owner.out_features = tensor.shape[0]
+        owner.out_features = parameter.shape[0]
 
 
 def initial_head(model: PreTrainedModel, outputs: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter
@@ -20,6 +20,8 @@ from graftory.adapters.architectures import (
     matching,
     module_at,
 )
+from graftory.adapters.bank import Bank
+from graftory.adapters.banked_site import dropout_of
 from graftory.adapters.fusion_math import Source
 from graftory.adapters.fusion_site import FusableSite, named
 from graftory.adapters.method import Method
@@ -27,7 +29,6 @@ from graftory.adapters.route import Selection
 from graftory.config import LoraConfig
 from graftory.errors import UnsupportedAdapterError
 from graftory.kernels import batched_lora
-from graftory.kernels.shapes import stack_padded
 
 A, B = LoraConfig.parts
 
@@ -35,9 +36,7 @@ A, B = LoraConfig.parts
 class LoraSite(FusableSite[LoraConfig]):
     """LoRA weights at one linear layer: A [r, d_in], B [d_out, r] of each adapter."""
 
-    def __init__(self, model: PreTrainedModel, path: str, owner: int) -> None:
-        super().__init__(model, path, owner)
-        self.scales: dict[str, float] = {}
+    padded: ClassVar = {A: 0, B: 1}
 
     def install(self, model: PreTrainedModel) -> None:  # noqa: ARG002
         """Add the update to what the linear layer returns, ahead of any bottleneck that reads it."""
@@ -60,49 +59,37 @@ class LoraSite(FusableSite[LoraConfig]):
         a, b = named(adapter.tensors, path, (A, B))
         return Source(a, b, config.scale_of(path))
 
-    def put(self, slot: str, config: LoraConfig, path: str, adapter: Adapter) -> None:
-        """See `Site.put`; the scale is kept per slot, because adapters may spell the path in two ways."""
-        super().put(slot, config, path, adapter)
-        if slot in self.configs:
-            self.scales[slot] = config.scale_of(path)
-
-    def drop(self, slot: str) -> None:
-        """See `Site.drop`."""
-        super().drop(slot)
-        self.scales.pop(slot, None)
+    def scale_of(self, config: LoraConfig, path: str) -> float:
+        """See `BankedSite.scale_of`."""
+        return config.scale_of(path)
 
     def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         route = self.route()
         if route is None:
             return None
         changed = output
-        selection = route.select(list(self.configs), args[0])
-        if selection is not None:
-            changed = selection.add(changed, self._update(args[0], selection))
+        for bank, selection in self.selections(route, args[0]):
+            for part in self._alike(selection):
+                changed = part.add(changed, self._update(args[0], bank, part))
         for selection in self.fused_selections(route, args[0]):
             changed = selection.add(changed, self.fused_update(selection.take(args[0]), selection))
         return None if changed is output else changed
 
-    def _update(self, inputs: Tensor, selection: Selection) -> Tensor:
+    def _alike(self, selection: Selection) -> Iterable[Selection]:
+        """The selection, in parts if adapters that a row mixes drop out different inputs."""
+        dropped = self.training and any(self.configs[slot].dropout for slot in selection.slots)
+        return selection.apart() if dropped else [selection]
+
+    def _update(self, inputs: Tensor, bank: Bank, selection: Selection) -> Tensor:
         """What the plain adapters add to their rows of the inputs."""
-        slots = selection.slots
-        a = stack_padded([self.get(slot, A) for slot in slots], dim=0)
-        b = stack_padded([self.get(slot, B) for slot in slots], dim=1)
-        scale = torch.tensor([self.scales[slot] for slot in slots], device=a.device)
         x = selection.take(inputs)
         self.show(x)
-        x = self._drop_out(x, slots, selection.index)
-        return batched_lora(x, a, b, scale, selection.index)
-
-    def _drop_out(self, x: Tensor, slots: tuple[str, ...], index: Tensor) -> Tensor:
-        """Each row's inputs dropped at its own adapter's rate while training."""
-        rates = [self.configs[slot].dropout for slot in slots]
-        if not self.training or not any(rates):
-            return x
-        if len(set(rates)) == 1:
-            return functional.dropout(x, rates[0])
-        keep = 1 - torch.tensor(rates, device=x.device)[index].view(-1, *[1] * (x.dim() - 1))
-        return x * torch.bernoulli(keep.expand_as(x)).to(x.dtype) / keep.to(x.dtype)
+        if self.training:
+            kept = dropout_of([self.configs[slot].dropout for slot in selection.slots], selection.index, x.shape)
+            x = x if kept is None else x * kept.to(x.dtype)
+        used = self.used(bank, selection)
+        a, b = used.tensors
+        return batched_lora(x, a, b, used.scale, used.index, selection.weights, ranks=used.sizes)
 
 
 def _resolve(model: PreTrainedModel, config: LoraConfig) -> tuple[str, ...]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from graftory.errors import RouteError
 
-Row = str | Mapping[str, float] | None
+Weight = float | Tensor
+"""A number, or a tensor with one number, through which gradients go."""
+Row = str | Mapping[str, Weight] | None
 """What one row uses: an adapter's name, None (the bare base), or a weighted mixture of adapters."""
 
 
@@ -25,32 +28,57 @@ class Attached:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The rows that a site must change, as (row, adapter, weight) entries.
+    """The rows of a batch that a site must change.
 
-    A row with a mixture has several entries. `rows` is None if entry i is simply row i.
+    Attributes:
+        slots: The adapters that they use, in the order of the site.
+        rows: Their numbers, ascending, [E]; None if that is every row.
+        index: The number in `slots` of each row's adapters, [E, M]; -1 behind the last of them.
+        places: The same as numbers of the site's own places.
+        weights: The weight of each, [E, M]; None if all are 1.
     """
 
     slots: tuple[str, ...]
     rows: Tensor | None
     index: Tensor
+    places: Tensor
     weights: Tensor | None
 
     def take(self, x: Tensor) -> Tensor:
-        """The inputs of all entries, [entries, ...]."""
+        """The inputs of the rows, [E, ...]."""
         return x if self.rows is None else x.index_select(0, self.rows)
 
     def add(self, output: Tensor, update: Tensor) -> Tensor:
-        """`output` plus the entries' weighted updates; rows without an entry keep their bits."""
-        if self.weights is not None:
-            update = update * self.weights.to(update.dtype).view(-1, *[1] * (update.dim() - 1))
+        """`output` plus what is added to the rows; others keep their bits."""
         update = update.to(output.dtype)
         return output + update if self.rows is None else output.index_add(0, self.rows, update)
+
+    def weighted(self, update: Tensor) -> Tensor:
+        """An update times the weights, where a row has one adapter."""
+        if self.weights is None:
+            return update
+        return update * self.weights[:, 0].to(update.dtype).view(-1, *[1] * (update.dim() - 1))
+
+    def apart(self) -> Iterator[Selection]:
+        """Selections with one adapter a row that together are this one."""
+        if self.index.shape[1] == 1:
+            yield self
+            return
+        for at in range(self.index.shape[1]):
+            picked = (self.index[:, at] >= 0).nonzero()[:, 0]
+            yield Selection(
+                slots=self.slots,
+                rows=picked if self.rows is None else self.rows[picked],
+                index=self.index[picked, at : at + 1],
+                places=self.places[picked, at : at + 1],
+                weights=None if self.weights is None else self.weights[picked, at : at + 1],
+            )
 
 
 class Route:
     """The choices of one batch: for each row its adapters with weights, and the adapter whose head it uses."""
 
-    def __init__(self, rows: tuple[Mapping[str, float], ...], heads: tuple[str | None, ...], uniform: bool) -> None:
+    def __init__(self, rows: tuple[Mapping[str, Weight], ...], heads: tuple[str | None, ...], uniform: bool) -> None:
         self.rows = rows
         self.heads = heads
         self.uniform = uniform
@@ -59,15 +87,20 @@ class Route:
         """Inputs that parallel adapters have picked up on their way through the model."""
         self._selections: dict[tuple[object, ...], Selection | None] = {}
 
-    def select(self, slots: Sequence[str], x: Tensor) -> Selection | None:
-        """The entries that concern a site holding the adapters in `slots`, or None if there are none.
+    def select(self, layout: tuple[str | None, ...], x: Tensor) -> Selection | None:
+        """The rows that concern a site, or None if there are none. Made once for all sites of one layout.
+
+        Args:
+            layout: The slots that the site holds, by place.
+            x: A tensor with the rows of the batch.
 
         Raises:
             RouteError: If the batch's size is no multiple of the number of rows routed.
         """
-        key = (tuple(slots), x.shape[0], x.device)
+        # weights that are tensors have a graph, or none
+        key = (layout, x.shape[0], x.device, torch.is_grad_enabled())
         if key not in self._selections:
-            self._selections[key] = self._entries(slots, x)
+            self._selections[key] = self._selection(layout, x.shape[0], x.device)
         return self._selections[key]
 
     def head_rows(self, x: Tensor) -> list[str | None]:
@@ -85,24 +118,45 @@ class Route:
         repeat = batch // len(self.rows)
         return [row for row in range(len(self.rows)) for _ in range(repeat)]
 
-    def _entries(self, slots: Sequence[str], x: Tensor) -> Selection | None:
-        entries = [
-            (row, slot, weight)
-            for row, chosen in enumerate(self._expanded(x.shape[0]))
-            for slot, weight in self.rows[chosen].items()
-            if slot in slots
+    def _selection(self, layout: tuple[str | None, ...], batch: int, device: torch.device) -> Selection | None:
+        place_of = {slot: place for place, slot in enumerate(layout) if slot is not None}
+        chosen = [
+            [(place_of[slot], weight) for slot, weight in mixture.items() if slot in place_of] for mixture in self.rows
         ]
-        if not entries:
+        expanded = self._expanded(batch)
+        rows = [number for number, row in enumerate(expanded) if chosen[row]]
+        if not rows:
             return None
-        used = tuple(dict.fromkeys(slot for _, slot, _ in entries))
-        rows = [row for row, _, _ in entries]
-        weights = [weight for _, _, weight in entries]
+        used = sorted({place for mixture in chosen for place, _ in mixture})
+        most = max(map(len, chosen))
+        weights: list[list[Weight]] = [[weight for _, weight in chosen[expanded[row]]] for row in rows]
+        places = [_filled([place for place, _ in chosen[expanded[row]]], most, -1) for row in rows]
+        number_of = {place: number for number, place in enumerate(used)} | {-1: -1}
         return Selection(
-            slots=used,
-            rows=None if rows == list(range(x.shape[0])) else torch.tensor(rows, device=x.device),
-            index=torch.tensor([used.index(slot) for _, slot, _ in entries], device=x.device),
-            weights=None if all(weight == 1.0 for weight in weights) else torch.tensor(weights, device=x.device),
+            slots=tuple(slot for slot in map(layout.__getitem__, used) if slot is not None),
+            rows=None if len(rows) == batch else torch.tensor(rows, device=device),
+            index=torch.tensor([[number_of[place] for place in row] for row in places], device=device),
+            places=torch.tensor(places, device=device),
+            weights=_weights(weights, most, device),
         )
+
+
+def _filled(values: list[Any], size: int, filler: Any) -> list[Any]:
+    return values + [filler] * (size - len(values))
+
+
+def _weights(rows: list[list[Weight]], size: int, device: torch.device) -> Tensor | None:
+    """[rows, size], with the gradients of those that are tensors; None if all are 1."""
+    if not any(isinstance(weight, Tensor) for row in rows for weight in row):
+        if all(weight == 1.0 for row in rows for weight in row):
+            return None
+        return torch.tensor([_filled(row, size, 0.0) for row in rows], device=device)
+    scalars = [
+        weight.to(device).reshape(()) if isinstance(weight, Tensor) else torch.tensor(float(weight), device=device)
+        for row in rows
+        for weight in _filled(row, size, 0.0)
+    ]
+    return torch.stack(scalars).view(len(rows), size)
 
 
 def make_route(
@@ -140,17 +194,21 @@ def make_route(
     )
 
 
-def _mixture(row: Row, known: Mapping[str, Attached]) -> Mapping[str, float]:
-    mixture = {} if row is None else {row: 1.0} if isinstance(row, str) else dict(row)
+def _mixture(row: Row, known: Mapping[str, Attached]) -> Mapping[str, Weight]:
+    mixture: dict[str, Weight] = {} if row is None else {row: 1.0} if isinstance(row, str) else dict(row)
     for name, weight in mixture.items():
         if name not in known:
             raise RouteError(f"no adapter {name!r} is attached; attached: {', '.join(known) or 'none'}")
-        if not isinstance(weight, int | float) or weight != weight or abs(weight) == float("inf"):
+        if isinstance(weight, Tensor):
+            # its value is not looked at: a device would be waited for
+            if weight.numel() != 1 or not weight.is_floating_point():
+                raise RouteError(f"weight of {name!r}: got {tuple(weight.shape)} of {weight.dtype}, wanted one number")
+        elif not isinstance(weight, int | float) or weight != weight or abs(weight) == float("inf"):
             raise RouteError(f"weight of {name!r}: got {weight!r}, wanted a finite number")
     return mixture
 
 
-def _head(mixture: Mapping[str, float], asked: str | None, known: Mapping[str, Attached]) -> str | None:
+def _head(mixture: Mapping[str, Weight], asked: str | None, known: Mapping[str, Attached]) -> str | None:
     owners = [name for name, attached in known.items() if attached.has_head]
     if asked is not None:
         if asked not in owners:

@@ -72,6 +72,9 @@ class Site(nn.Module, ABC, Generic[C]):
             path: The module's path as the adapter spells it.
         """
 
+    def reserve(self, places: int) -> None:
+        """Make room for so many adapters, if that is of use."""
+
     def put(self, slot: str, config: C, path: str, adapter: Adapter) -> None:
         """Add an adapter's weights.
 
@@ -86,7 +89,7 @@ class Site(nn.Module, ABC, Generic[C]):
         """
         parameters = nn.ParameterDict()
         for part, shape in self.shapes(config, path).items():
-            parameters[_key(part)] = self.fitting(adapter, path, part, shape)
+            parameters[key_of(part)] = self.fitting(adapter, path, part, shape)
         self.weights[slot] = parameters
         self.configs[slot] = config
 
@@ -120,7 +123,7 @@ class Site(nn.Module, ABC, Generic[C]):
             return self.made[slot][part]
         parameters = self.weights[slot]
         assert isinstance(parameters, nn.ParameterDict)
-        weight: Tensor = parameters[_key(part)]
+        weight: Tensor = parameters[key_of(part)]
         return weight
 
     def route(self) -> Route | None:
@@ -144,5 +147,6 @@ class Site(nn.Module, ABC, Generic[C]):
         self.handles.clear()
 
 
-def _key(part: str) -> str:
+def key_of(part: str) -> str:
+    """The name of a parameter in a `ParameterDict`, which takes no dots."""
     return part.replace(".", "_")

@@ -166,13 +166,13 @@ class PromptSite(Site[SmopConfig]):
         """
         sizes = torch.tensor([self.configs[slot].length for slot in selection.slots], device=batch.device)
         rows = _rows(selection)
-        if selection.weights is not None or len(rows.unique()) != len(rows):
+        if selection.weights is not None or selection.index.shape[1] > 1:
             raise RouteError(
                 "a row mixes prompts, or has one at a weight that is not 1; a row takes one smop adapter, at weight 1, "
                 "beside any others"
             )
         lengths = torch.zeros(len(batch), dtype=torch.long, device=batch.device).index_copy(
-            0, rows, sizes[selection.index]
+            0, rows, sizes[selection.index[:, 0]]
         )
         return Slots(lengths, max(self.configs[slot].length for slot in selection.slots), self.place.at)
 
@@ -183,7 +183,7 @@ class PromptSite(Site[SmopConfig]):
         route.taps.pop(self._tap, None)
         values = {**dict(zip(self.names, args, strict=False)), **kwargs}
         tokens = values.get("input_ids") if values.get("inputs_embeds") is None else values["inputs_embeds"]
-        selection = None if tokens is None else route.select(list(self.configs), tokens)
+        selection = None if tokens is None else route.select(tuple(self.configs), tokens)
         if tokens is None or selection is None:
             return None
         slots = self._slots(selection, tokens)
@@ -216,7 +216,7 @@ class PromptSite(Site[SmopConfig]):
         means = mean_embedding(embedded.detach(), mask)
         filled = embedded.new_zeros(len(embedded), slots.size, embedded.shape[-1])
         for number, slot in enumerate(selection.slots):
-            mine, config = rows[selection.index == number], self.configs[slot]
+            mine, config = rows[selection.index[:, 0] == number], self.configs[slot]
             router = self.get(slot, ROUTER) if config.prompts > 1 else None
             # the base's mode counts too: one that was in evaluation mode when it was adapted is meant to stay so
             noise = config.noise if self.training and self.stack.training else 0.0
@@ -251,7 +251,7 @@ class PromptSite(Site[SmopConfig]):
         route = self.route()
         values = {**dict(zip(self.decoder_names, args, strict=False)), **kwargs}
         states, mask = values.get("encoder_hidden_states"), values.get("encoder_attention_mask")
-        selection = None if route is None or states is None else route.select(list(self.configs), states)
+        selection = None if route is None or states is None else route.select(tuple(self.configs), states)
         if selection is None or states is None:
             return None
         slots = self._slots(selection, states)

@@ -52,10 +52,13 @@ def _peft(record: Record, files: Mapping[str, memoryview], served_base: str | No
     return {**files, CONFIG: files[CONFIG] if served_base is None else _renamed(files[CONFIG], served_base)}
 
 
-def _vllm(record: Record, files: Mapping[str, memoryview], served_base: str | None) -> dict[str, Bytes]:
-    """What vLLM's loader takes: LoRA on linear layers alone, of one rank and one scale, without a head.
+def check_vllm(record: Record) -> None:
+    """Check that vLLM's loader takes an adapter: LoRA on linear layers, of one rank and one scale, without a head.
 
     A server has a largest rank of its own (`--max-lora-rank`).
+
+    Raises:
+        UnsupportedAdapterError: If it does not; the text says why.
     """
     config = record.spec.config
     if not isinstance(config, LoraConfig):
@@ -75,6 +78,11 @@ def _vllm(record: Record, files: Mapping[str, memoryview], served_base: str | No
             f"{record.ref}: its modules have several ranks or scales ({found}), vLLM wants one; make one rank of them: "
             f"hub merge {record.ref} --rank {max(rank for rank, _ in kinds)} --name NAME"
         )
+
+
+def _vllm(record: Record, files: Mapping[str, memoryview], served_base: str | None) -> dict[str, Bytes]:
+    """PEFT's two files; the configuration names the base as it is served."""
+    check_vllm(record)
     return {CONFIG: _renamed(files[CONFIG], served_base or record.spec.base.id), WEIGHTS: files[WEIGHTS]}
 
 

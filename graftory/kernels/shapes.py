@@ -16,21 +16,15 @@ def check(condition: bool, text: str) -> None:
         raise ValueError(text)
 
 
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise a `ValueError` unless a tensor, if there is one, has that shape; the text is only made then."""
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name}: got {tuple(tensor.shape)}, wanted {shape}")
+
+
 def as_rows(x: Tensor) -> tuple[Tensor, torch.Size]:
     """View [N, ..., D] as [N, T, D]; also return the shape to go back to."""
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]), x.shape
-
-
-def clear_unused(update: Tensor, index: Tensor) -> Tensor:
-    """Exact zeros where `index` is -1, [N, ...] by [N].
-
-    Not a product with zero: an adapter that holds NaN must not reach rows that do not use it. On the CPU, where
-    looking is free, nothing is done if every row has an adapter.
-    """
-    unused = index < 0
-    if unused.device.type == "cpu" and not bool(unused.any()):
-        return update
-    return update.masked_fill(unused.view(-1, *[1] * (update.dim() - 1)), 0.0)
 
 
 def stack_padded(tensors: Sequence[Tensor], dim: int) -> Tensor:

@@ -27,7 +27,7 @@ from graftory.training import LoadedBase
 from graftory.training.encode import Collator, Example, encode
 from graftory.training.progress import TrainingProgress
 from graftory.training.train import claim, training_arguments
-from graftory.training.trainer import NO_HOOKS, AdapterTrainer
+from graftory.training.trainer import AdapterTrainer, Hooks
 from graftory.versions import library_versions
 
 _TASK = "hyper_task"
@@ -269,7 +269,9 @@ class HyperTrainer(AdapterTrainer):
         collator: TaskCollator,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
-        super().__init__(adapted, f"task{first}", kind, arguments, examples, collator, NO_HOOKS, callbacks)
+        rates = (("heads.", settings.head_learning_rate), ("/embedding", settings.embedding_learning_rate))
+        hooks = Hooks(rates=rates)
+        super().__init__(adapted, f"task{first}", kind, arguments, examples, collator, hooks, callbacks)
         self.hyper, self.sizes, self.settings = config, list(sizes), settings
 
     def _get_train_sampler(self, train_dataset: Any = None) -> TaskSampler:  # type: ignore[override]  # noqa: ARG002

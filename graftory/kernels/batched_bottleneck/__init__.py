@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from graftory.kernels.batched_bottleneck.reference import reference
-from graftory.kernels.shapes import as_rows, check
+from graftory.kernels.activations import ACTIVATIONS, Activation
+from graftory.kernels.backend import Backend, resolved, working_dtype
+from graftory.kernels.batched_bottleneck.inputs import Inputs
+from graftory.kernels.batched_bottleneck.op import MAX_SIZE, apply
+from graftory.kernels.shapes import as_rows, check, check_shape
+
+__all__ = ["Activation", "Backend", "batched_bottleneck"]
 
 
 def batched_bottleneck(
@@ -18,34 +21,59 @@ def batched_bottleneck(
     up_bias: Tensor,
     scale: Tensor,
     index: Tensor,
-    activation: Callable[[Tensor], Tensor],
+    weight: Tensor | None = None,
+    *,
+    activation: Activation,
+    keep: Tensor | None = None,
+    sizes: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
-    """Each row's own bottleneck: y_i = s_k (U_k act(D_k x_i + c_k) + e_k) with k = index_i.
+    """Each row's own bottleneck: y_i = Σ_m w_im s_k (U_k act(D_k x_i + c_k) + e_k) with k = index_im.
 
-    Source: Houlsby et al. 2019, arXiv:1902.00751, section 2.
+    Source: Houlsby et al. 2019, arXiv:1902.00751, section 2. Run to run the bits are the same, and an adapter's
+    numbers, even NaN, reach no row that does not use it.
 
     Args:
-        x: Input rows, [N, ..., D]; all positions of a row use the same adapter.
+        x: Input rows, [N, ..., D]; all positions of a row use the same adapters.
         down: D, [K, R, D]; narrower adapters are padded with zeros.
         down_bias: c, [K, R].
         up: U, [K, D, R].
         up_bias: e, [K, D].
-        scale: s, [K].
-        index: Adapter of each row, [N], int64; -1 means no adapter and gives exact zeros.
-        activation: Element-wise, shared by all K adapters.
+        scale: The factor s of each adapter, [K].
+        index: Adapter of each row, [N], or adapters, [N, M], int64; -1 means none, and a row without one gets zeros.
+        weight: Weight of each of them, of index's shape; 1 if not given. Differentiable, as x, D, c, U and e are.
+        activation: The name of act, which all K adapters share.
+        keep: Multipliers of the hidden units behind act, [N, ..., M R], those of a row's places side by side: a dropout
+            mask over the probability to be kept. Not differentiable.
+        sizes: True number of hidden units of each adapter, [K]; R if not given. It saves work on a GPU.
+        backend: `torch` (gather and batched products, anywhere), `triton` (a GPU), or `auto`: the latter where it runs.
 
     Returns:
-        The adapters' outputs, without residual, [N, ..., D], in the dtype of `down`.
+        The adapters' outputs, without residual, [N, ..., D], in the dtype of `down` (under autocast, in autocast's); on
+        a GPU summed in fp32.
 
     Raises:
-        ValueError: If the shapes disagree.
+        ValueError: If the shapes disagree, there is no such activation, or `triton` is asked for where it cannot run.
     """
-    k, hidden, width = down.shape
-    check(x.shape[-1] == width, f"x {tuple(x.shape)} does not fit down {tuple(down.shape)}")
-    check(up.shape == (k, width, hidden), f"up: got {tuple(up.shape)}, wanted {(k, width, hidden)}")
-    check(down_bias.shape == (k, hidden), f"down_bias: got {tuple(down_bias.shape)}, wanted {(k, hidden)}")
-    check(up_bias.shape == (k, width), f"up_bias: got {tuple(up_bias.shape)}, wanted {(k, width)}")
-    check(scale.shape == (k,), f"scale: got {tuple(scale.shape)}, wanted ({k},)")
-    check(index.shape == x.shape[:1], f"index: got {tuple(index.shape)}, wanted ({x.shape[0]},)")
-    rows, shape = as_rows(x.to(down.dtype))
-    return reference(rows, down, down_bias, up, up_bias, scale, index, activation).reshape(shape)
+    check(down.dim() == 3, "down: wanted 3 dimensions")
+    check(index.dim() in (1, 2), "index: wanted [rows] or [rows, places]")
+    check(activation in ACTIVATIONS, f"activation: got {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
+    k, size, width = down.shape
+    check_shape("x", x, (*x.shape[:-1], width))
+    check_shape("down_bias", down_bias, (k, size))
+    check_shape("up", up, (k, width, size))
+    check_shape("up_bias", up_bias, (k, width))
+    check_shape("scale", scale, (k,))
+    check_shape("sizes", sizes, (k,))
+    check_shape("index", index, (x.shape[0], *index.shape[1:]))
+    check_shape("weight", weight, tuple(index.shape))
+    places = index if index.dim() == 2 else index[:, None]
+    check_shape("keep", keep, (*x.shape[:-1], places.shape[1] * size))
+    dtype = working_dtype(down)
+    rows, shape = as_rows(x.to(dtype))
+    down, down_bias, up, up_bias = (tensor.to(dtype) for tensor in (down, down_bias, up, up_bias))
+    weights = weight if weight is None or weight.dim() == 2 else weight[:, None]
+    kept = None if keep is None else as_rows(keep.detach().to(dtype))[0]
+    inputs = Inputs(rows, down, down_bias, up, up_bias, scale, places, weights, kept, sizes)
+    chosen = resolved(backend, rows, up, fits=size <= MAX_SIZE, wanted=f"{MAX_SIZE} hidden units at most")
+    return apply(inputs, activation, chosen).reshape(shape)

@@ -1,33 +1,27 @@
-"""`batched_bottleneck` in plain torch: gather each row's matrices, then two batched products."""
+"""`batched_bottleneck` as its formula reads, row by row: what every other path is held against. Slow."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from graftory.kernels.shapes import clear_unused
+from graftory.kernels.activations import ACTIVATIONS
+from graftory.kernels.batched_bottleneck.inputs import Inputs
 
 
-def reference(
-    x: Tensor,
-    down: Tensor,
-    down_bias: Tensor,
-    up: Tensor,
-    up_bias: Tensor,
-    scale: Tensor,
-    index: Tensor,
-    activation: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """See `batched_bottleneck`; here x is [N, T, D].
-
-    `index_select`, not `down[used]`, whose backward adds in any order on several threads.
-    """
-    used = index.clamp(min=0)
-    factor = scale.to(down.dtype)[used][:, None, None]
-    hidden = activation(
-        torch.baddbmm(down_bias.index_select(0, used).unsqueeze(1), x, down.index_select(0, used).transpose(1, 2))
-    )
-    output = torch.baddbmm(up_bias.index_select(0, used).unsqueeze(1), hidden, up.index_select(0, used).transpose(1, 2))
-    return clear_unused(output * factor, index)
+def reference(inputs: Inputs, activation: str) -> Tensor:
+    """See `batched_bottleneck`; here x is [N, T, D], index [N, M] and keep [N, T, M R]."""
+    x, down, down_bias, up, up_bias, scale, index, weight, keep, _ = inputs
+    act, size = ACTIVATIONS[activation].function, down.shape[1]
+    rows = []
+    for row, adapters in enumerate(index.tolist()):
+        update = torch.zeros_like(x[row])
+        for place, k in enumerate(adapters):
+            if k >= 0:
+                hidden = act(x[row] @ down[k].T + down_bias[k])
+                if keep is not None:
+                    hidden = hidden * keep[row, :, place * size : (place + 1) * size]
+                factor = scale[k] if weight is None else scale[k] * weight[row, place]
+                update = update + factor.to(x.dtype) * (hidden @ up[k].T + up_bias[k])
+        rows.append(update)
+    return torch.stack(rows) if rows else torch.zeros_like(x)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from graftory.kernels.backend import Backend, resolved, working_dtype
 from graftory.kernels.batched_lora.inputs import Inputs
-from graftory.kernels.batched_lora.op import Backend, apply, resolved
-from graftory.kernels.shapes import as_rows, check
+from graftory.kernels.batched_lora.op import MAX_RANK, apply
+from graftory.kernels.shapes import as_rows, check, check_shape
 
 __all__ = ["Backend", "batched_lora"]
 
@@ -38,21 +39,24 @@ def batched_lora(
         backend: `torch` (gather and batched products, anywhere), `triton` (a GPU), or `auto`: the latter where it runs.
 
     Returns:
-        The update, [N, ..., D_out], in the dtype of `a`; on a GPU summed in fp32.
+        The update, [N, ..., D_out], in the dtype of `a` (under autocast, in autocast's); on a GPU summed in fp32.
 
     Raises:
         ValueError: If the shapes disagree, or `triton` is asked for where it cannot run.
     """
-    check(a.dim() == 3 and b.dim() == 3, f"a and b: got {a.dim()} and {b.dim()} dimensions, wanted 3 and 3")
-    check(a.shape[::2] == (b.shape[0], x.shape[-1]), f"a {tuple(a.shape)} fits neither x {tuple(x.shape)} nor b")
-    check(a.shape[1] == b.shape[2], f"ranks differ: a has {a.shape[1]}, b has {b.shape[2]}")
-    check(scale.shape == a.shape[:1], f"scale: got {tuple(scale.shape)}, wanted ({a.shape[0]},)")
-    check(index.shape[:1] == x.shape[:1], f"index: got {tuple(index.shape)}, wanted ({x.shape[0]},)")
-    check(index.dim() in (1, 2), f"index: got {index.dim()} dimensions, wanted [rows] or [rows, places]")
-    check(weight is None or weight.shape == index.shape, f"weight: wanted the shape of index, {tuple(index.shape)}")
-    check(ranks is None or ranks.shape == scale.shape, f"ranks: wanted ({a.shape[0]},)")
-    rows, shape = as_rows(x.to(a.dtype))
+    check(a.dim() == 3 and b.dim() == 3, "a and b: wanted three dimensions each")
+    k, rank, width = a.shape
+    if b.shape[::2] != (k, rank) or x.shape[-1] != width:
+        raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)} do not fit each other and x {tuple(x.shape)}")
+    check(index.dim() in (1, 2), "index: wanted [rows] or [rows, places]")
+    check_shape("index", index, (x.shape[0], *index.shape[1:]))
+    check_shape("scale", scale, (k,))
+    check_shape("weight", weight, tuple(index.shape))
+    check_shape("ranks", ranks, (k,))
+    dtype = working_dtype(a)
+    rows, shape = as_rows(x.to(dtype))
     places = index if index.dim() == 2 else index[:, None]
     weights = weight if weight is None or weight.dim() == 2 else weight[:, None]
-    inputs = Inputs(rows, a, b, scale, places, weights, ranks)
-    return apply(inputs, resolved(backend, rows, a.shape[1])).reshape(*shape[:-1], b.shape[1])
+    inputs = Inputs(rows, a.to(dtype), b.to(dtype), scale, places, weights, ranks)
+    chosen = resolved(backend, rows, fits=a.shape[1] <= MAX_RANK, wanted=f"rank {MAX_RANK} at most")
+    return apply(inputs, chosen).reshape(*shape[:-1], b.shape[1])

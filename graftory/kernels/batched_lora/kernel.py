@@ -9,6 +9,11 @@ own rank are not read. With few tiles (decoding) the shrink is split along D_in 
 their order.
 
 A tile holds entries of one adapter. An entry is a token and one of its M places; entry e belongs to token e // M.
+
+Several slices (query, key and value; gate and up) are one launch: `ranks` is [S, K], and the last axis of the grid is
+the slice. Where `columns` is given, slice s has the columns from `columns[s]` to `columns[s + 1]` of what is otherwise
+shared, counted in units: that a width is a multiple of 16 then shows, and numbers are read several at once.
+
 `tl.dot` needs blocks of 16 or more. Where `upcast` is set, 16-bit numbers are widened as soon as they are read:
 Triton's interpreter multiplies bfloat16 wrongly.
 """
@@ -29,28 +34,43 @@ def shrink(
     tile_start: tl.tensor,
     tile_end: tl.tensor,
     ranks: tl.tensor,
-    part_stride: tl.tensor,
+    columns: tl.tensor,
+    adapters: tl.tensor,
     width: tl.tensor,
     rank_stride: tl.tensor,
     x_token: tl.tensor,
     x_column: tl.tensor,
+    m_slice: tl.tensor,
     m_adapter: tl.tensor,
     m_rank: tl.tensor,
     m_column: tl.tensor,
+    out_slice: tl.tensor,
+    out_part: tl.tensor,
     places: tl.constexpr,
     parts: tl.constexpr,
+    unit: tl.constexpr,
     block_m: tl.constexpr,
     block_r: tl.constexpr,
     block_d: tl.constexpr,
     precision: tl.constexpr,
     upcast: tl.constexpr,
 ) -> None:
-    """out[part, e, r] = Σ_d x[token(e), d] M_k[r, d] over this part's d; zeros behind an adapter's rank."""
-    tile, part = tl.program_id(0), tl.program_id(1)
+    """out[s, part, e, r] = Σ_d x[token(e), d] M_sk[r, d] over this part's d; zeros behind an adapter's rank.
+
+    With `columns`, slice s takes its own columns of x and of M.
+    """
+    tile, part, slice_ = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    factor_matrix += slice_ * m_slice
+    out += slice_ * out_slice + part * out_part
+    if columns is not None:
+        first_column = tl.load(columns + slice_) * unit
+        width = tl.load(columns + slice_ + 1) * unit - first_column
+        x += first_column * x_column
+        factor_matrix += first_column * m_column
     adapter = tl.load(tile_adapter + tile).to(tl.int64)
     start, end = tl.load(tile_start + tile), tl.load(tile_end + tile)
     if (adapter >= 0) & (start < end):
-        rank = tl.load(ranks + adapter)
+        rank = tl.load(ranks + slice_ * adapters + adapter)
         position = start + tl.arange(0, block_m)
         inside = position < end
         entry = tl.load(order + position, mask=inside, other=0).to(tl.int64)
@@ -64,16 +84,16 @@ def shrink(
                 mask=inside[:, None] & (d < width)[None, :],
                 other=0.0,
             )
-            columns = tl.load(
+            matrix = tl.load(
                 factor_matrix + adapter * m_adapter + r[None, :] * m_rank + d[:, None] * m_column,
                 mask=(r < rank)[None, :] & (d < width)[:, None],
                 other=0.0,
             )
             if upcast:
-                rows, columns = rows.to(tl.float32), columns.to(tl.float32)
-            total = tl.dot(rows, columns, total, input_precision=precision)
+                rows, matrix = rows.to(tl.float32), matrix.to(tl.float32)
+            total = tl.dot(rows, matrix, total, input_precision=precision)
         tl.store(
-            out + part * part_stride + entry[:, None] * rank_stride + r[None, :],
+            out + entry[:, None] * rank_stride + r[None, :],
             total,
             mask=inside[:, None] & (r < rank_stride)[None, :],
         )
@@ -90,51 +110,76 @@ def expand(
     tile_end: tl.tensor,
     ranks: tl.tensor,
     factor: tl.tensor,
-    part_stride: tl.tensor,
+    columns: tl.tensor,
+    adapters: tl.tensor,
     width: tl.tensor,
     rank_stride: tl.tensor,
+    hidden_slice: tl.tensor,
+    hidden_part: tl.tensor,
+    m_slice: tl.tensor,
     m_adapter: tl.tensor,
     m_rank: tl.tensor,
     m_column: tl.tensor,
+    out_entry: tl.tensor,
+    slices: tl.constexpr,
     parts: tl.constexpr,
+    unit: tl.constexpr,
     block_m: tl.constexpr,
     block_r: tl.constexpr,
     block_d: tl.constexpr,
     precision: tl.constexpr,
     upcast: tl.constexpr,
 ) -> None:
-    """out[e, d] = f[e] Σ_r hidden[e, r] M_k[r, d]; exact zeros for entries without an adapter."""
-    tile = tl.program_id(0)
+    """out[e, d] = f[e] Σ_sr hidden[s, e, r] M_sk[r, d]; exact zeros for entries without an adapter.
+
+    The sum is over `slices` of them, 1 with `columns`: then slice s makes its own columns of `out`, from those of M.
+    """
+    tile, slice_ = tl.program_id(0), tl.program_id(2).to(tl.int64)
     adapter = tl.load(tile_adapter + tile).to(tl.int64)
     start, end = tl.load(tile_start + tile), tl.load(tile_end + tile)
-    if start < end:
+    if columns is not None:
+        first_column = tl.load(columns + slice_) * unit
+        width = tl.load(columns + slice_ + 1) * unit - first_column
+        factor_matrix += first_column * m_column
+        out += first_column
+    if (start < end) & (tl.program_id(1) * block_d < width):
         position = start + tl.arange(0, block_m)
         inside = position < end
         entry = tl.load(order + position, mask=inside, other=0).to(tl.int64)
         d = tl.program_id(1) * block_d + tl.arange(0, block_d)
         total = tl.zeros((block_m, block_d), dtype=tl.float32)
         if adapter >= 0:
-            rank = tl.load(ranks + adapter)
             r = tl.arange(0, block_r)
-            known = inside[:, None] & (r < rank)[None, :]
-            rows = tl.zeros((block_m, block_r), dtype=tl.float32)
-            for part in range(parts):
-                rows += tl.load(
-                    hidden + part * part_stride + entry[:, None] * rank_stride + r[None, :],
-                    mask=known,
+            scale = tl.load(factor + entry, mask=inside, other=0.0)
+            for each in range(slices):
+                rank = tl.load(ranks + (slice_ + each) * adapters + adapter)
+                known = inside[:, None] & (r < rank)[None, :]
+                rows = tl.zeros((block_m, block_r), dtype=tl.float32)
+                for part in range(parts):
+                    rows += tl.load(
+                        hidden
+                        + (slice_ + each) * hidden_slice
+                        + part * hidden_part
+                        + entry[:, None] * rank_stride
+                        + r[None, :],
+                        mask=known,
+                        other=0.0,
+                    )
+                rows = rows * scale[:, None]
+                matrix = tl.load(
+                    factor_matrix
+                    + (slice_ + each) * m_slice
+                    + adapter * m_adapter
+                    + r[:, None] * m_rank
+                    + d[None, :] * m_column,
+                    mask=(r < rank)[:, None] & (d < width)[None, :],
                     other=0.0,
                 )
-            rows = rows * tl.load(factor + entry, mask=inside, other=0.0)[:, None]
-            columns = tl.load(
-                factor_matrix + adapter * m_adapter + r[:, None] * m_rank + d[None, :] * m_column,
-                mask=(r < rank)[:, None] & (d < width)[None, :],
-                other=0.0,
-            )
-            if upcast:
-                columns = columns.to(tl.float32)
-            total = tl.dot(rows.to(columns.dtype), columns, total, input_precision=precision)
+                if upcast:
+                    matrix = matrix.to(tl.float32)
+                total = tl.dot(rows.to(matrix.dtype), matrix, total, input_precision=precision)
         tl.store(
-            out + entry[:, None] * width + d[None, :],
+            out + entry[:, None] * out_entry + d[None, :],
             total,
             mask=inside[:, None] & (d < width)[None, :],
         )
@@ -149,26 +194,43 @@ def outer(
     offsets: tl.tensor,
     ranks: tl.tensor,
     factor: tl.tensor,
+    columns: tl.tensor,
+    adapters: tl.tensor,
     width: tl.tensor,
     rank_stride: tl.tensor,
+    hidden_slice: tl.tensor,
     x_token: tl.tensor,
     x_column: tl.tensor,
     out_part: tl.tensor,
+    out_slice: tl.tensor,
     out_adapter: tl.tensor,
     out_rank: tl.tensor,
     out_column: tl.tensor,
     places: tl.constexpr,
     parts: tl.constexpr,
+    unit: tl.constexpr,
     block_m: tl.constexpr,
     block_r: tl.constexpr,
     block_d: tl.constexpr,
     precision: tl.constexpr,
     upcast: tl.constexpr,
 ) -> None:
-    """out[part, k, r, d] = Σ_e f[e] hidden[e, r] x[token(e), d] over this part's entries e of adapter k, in order."""
-    adapter, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    """out[part, s, k, r, d] = Σ_e f[e] hidden[s, e, r] x[token(e), d] over this part's entries e of adapter k.
+
+    They are added in their order. With `columns`, slice s takes its own columns of x, and makes those of `out`.
+    """
+    adapter, part, slice_ = tl.program_id(0).to(tl.int64), tl.program_id(2) % parts, tl.program_id(2) // parts
     start, end = tl.load(offsets + adapter), tl.load(offsets + adapter + 1)
-    rank = tl.load(ranks + adapter)
+    rank = tl.load(ranks + slice_ * adapters + adapter)
+    hidden += slice_.to(tl.int64) * hidden_slice
+    out += slice_.to(tl.int64) * out_slice
+    if columns is not None:
+        first_column = tl.load(columns + slice_) * unit
+        width = tl.load(columns + slice_ + 1) * unit - first_column
+        x += first_column * x_column
+        out += first_column * out_column
+        # a program behind a narrower slice has nothing to add up
+        end = tl.where(tl.program_id(1) * block_d < width, end, start)
     r = tl.arange(0, block_r)
     d = tl.program_id(1) * block_d + tl.arange(0, block_d)
     total = tl.zeros((block_r, block_d), dtype=tl.float32)
@@ -182,14 +244,14 @@ def outer(
             other=0.0,
         )
         rows = rows * tl.load(factor + entry, mask=inside, other=0.0)[None, :]
-        columns = tl.load(
+        numbers = tl.load(
             x + (entry // places)[:, None] * x_token + d[None, :] * x_column,
             mask=inside[:, None] & (d < width)[None, :],
             other=0.0,
         )
         if upcast:
-            columns = columns.to(tl.float32)
-        total = tl.dot(rows.to(columns.dtype), columns, total, input_precision=precision)
+            numbers = numbers.to(tl.float32)
+        total = tl.dot(rows.to(numbers.dtype), numbers, total, input_precision=precision)
     tl.store(
         out + part * out_part + adapter * out_adapter + r[:, None] * out_rank + d[None, :] * out_column,
         total,

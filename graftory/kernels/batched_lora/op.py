@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from graftory.kernels.backend import learns
 from graftory.kernels.batched_lora import gathered
 from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
 
-Backend = Literal["auto", "torch", "triton"]
 MAX_RANK = 256
 """Of the kernels."""
-
-
-def resolved(backend: str, x: Tensor, rank: int) -> str:
-    """What runs: Triton where there is a GPU and the rank fits its kernels, else torch's own products.
-
-    Raises:
-        ValueError: If Triton is asked for by name where it cannot run.
-    """
-    fits = rank <= MAX_RANK and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    if backend == "auto":
-        return "triton" if fits and x.is_cuda and find_spec("triton") else "torch"
-    if backend == "triton" and not (fits and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
-        raise ValueError(
-            f"backend 'triton': got {x.dtype} on {x.device.type} and rank {rank}; wanted fp16, bf16 or fp32 on a GPU "
-            f"and rank {MAX_RANK} at most; use 'auto'"
-        )
-    if backend not in ("torch", "triton"):
-        raise ValueError(f"backend: got {backend!r}, wanted auto, torch or triton")
-    return backend
 
 
 def run_forward(inputs: Inputs, backend: str, *, keep: bool) -> tuple[Tensor, Tensor]:
@@ -139,5 +118,7 @@ def apply(inputs: Inputs, backend: str) -> Tensor:
     if torch.compiler.is_compiling():
         update: Tensor = _op(*inputs, backend)[0]
         return update
+    if not learns(inputs):
+        return run_forward(inputs, backend, keep=False)[0]
     made: Tensor = BatchedLora.apply(backend, *inputs)  # type: ignore[no-untyped-call]
     return made

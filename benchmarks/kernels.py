@@ -1,0 +1,105 @@
+"""One batch whose rows use different LoRA adapters: graftory, its base and its peers, in the same run.
+
+    python benchmarks/kernels.py                        # models and linears on the CPU, about 20 minutes on two cores
+    python benchmarks/kernels.py --part gpu             # the kernels on a GPU, beside vLLM's if that is installed
+    python benchmarks/kernels.py --part models --tokens 1 --adapters 32 --no-write   # a quick look
+
+Rank 8, fp32, random weights. Every figure is a median of repeats that are interleaved with those of its peers.
+
+- `models`: BERT of hidden size 384 (6 layers, MiniLM's shape) and 768 (2 layers), 32 rows of 1, 16 and 64 tokens, 1 to
+  64 adapters in the model, row i using adapter i (so at most 32 in one batch), on q and v or on all linears. Peers: the
+  base, PEFT with one adapter for the batch, and PEFT's mixed batch (`adapter_names`), which raises in training mode, so
+  that there its users' way is taken: one batch an adapter. `one` is graftory with one adapter for the batch, `held` a
+  mixed batch whose route was put in force before, as in `generate`.
+- `linears`: one frozen linear layer, d = 384, 128 rows of 16 tokens, all adapters learning. Peers: a loop over
+  adapters, and gather and batched products, both through autograd.
+- `gpu`: bf16, d = 4096, ranks 8 to 128, 1 to 8192 tokens, 1 to 256 adapters; as a ratio to the time that the bytes
+  which must move take at the speed of a copy, measured. Peers: a loop over adapters, gather and batched products, and
+  vLLM's `lora_shrink` and `lora_expand`. Not measured yet: no GPU was at hand.
+
+The results go to benchmarks/results/kernels.json, those of a GPU to kernels_gpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernels_gpu import measure_gpu
+from kernels_linears import measure_linears
+from kernels_models import measure_models
+from rich.console import Console
+from rich.table import Table
+
+from graftory.versions import library_versions
+
+RESULTS = Path(__file__).parent / "results"
+Rows = list[dict[str, Any]]
+
+
+def main() -> None:
+    """Measure, print ratios, keep the figures."""
+    options = parse()
+    parts = {
+        "models": lambda: measure_models(options.sizes, options.tokens, options.adapters),
+        "linears": measure_linears,
+        "gpu": measure_gpu,
+    }
+    chosen = [options.part] if options.part else ["models", "linears"]
+    found: dict[str, Rows] = {name: parts[name]() for name in chosen}
+    for name, rows in found.items():
+        print_table(name, rows)
+    if not options.no_write:
+        write(found, "kernels_gpu.json" if options.part == "gpu" else "kernels.json")
+
+
+def print_table(title: str, rows: Rows) -> None:
+    """One line a measurement: what it is of, the time of the yardstick, and all others as ratios to that."""
+    table = Table(title=title)
+    for column in (*rows[0]["of"], *rows[0]["ratios"]):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*map(str, row["of"].values()), *(ratio(value) for value in row["ratios"].values()))
+    Console().print(table)
+
+
+def ratio(value: float | None) -> str:
+    """Two digits, or a dash for what was not measured."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def write(found: dict[str, Rows], file: str) -> None:
+    """Keep the figures; parts that were not measured now stay as they are."""
+    path = RESULTS / file
+    before = json.loads(path.read_text()) if path.exists() else {}
+    machine = {
+        "processor": torch.cuda.get_device_name() if file == "kernels_gpu.json" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "graftory": library_versions()["graftory"],
+        **{name: library_versions()[name] for name in ("torch", "transformers", "peft")},
+    }
+    path.write_text(json.dumps({**before, "machine": machine, **found}, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("models", "linears", "gpu"))
+    parser.add_argument("--sizes", type=numbers, default=(384, 768))
+    parser.add_argument("--tokens", type=numbers, default=(1, 16, 64))
+    parser.add_argument("--adapters", type=numbers, default=(1, 8, 32, 64))
+    parser.add_argument("--no-write", action="store_true")
+    return parser.parse_args()
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`1,16,64`."""
+    return tuple(map(int, text.split(",")))
+
+
+if __name__ == "__main__":
+    main()

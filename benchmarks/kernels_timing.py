@@ -1,0 +1,33 @@
+"""Times of several ways to do one thing, taken in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+Run = Callable[[], object]
+WARM_UP, LEAST, MOST, SECONDS = 2, 5, 25, 6.0
+
+
+def medians(runs: Mapping[str, Run]) -> dict[str, float]:
+    """Milliseconds of each, interleaved so that noise hits all alike: 5 to 25 repeats in about 6 seconds."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    begin = time.perf_counter()
+    for turn in range(WARM_UP + MOST):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if turn >= WARM_UP:
+                times[name].append(1000 * (time.perf_counter() - start))
+        if turn >= WARM_UP + LEAST - 1 and time.perf_counter() - begin > SECONDS:
+            break
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratios(times: Mapping[str, float], pairs: Mapping[str, tuple[str, str]]) -> dict[str, float | None]:
+    """Quotients by name; None where one of the two was not measured."""
+    return {
+        name: round(times[over] / times[under], 3) if over in times and under in times else None
+        for name, (over, under) in pairs.items()
+    }
