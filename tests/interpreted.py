@@ -52,6 +52,11 @@ def poisoned(tensor: Tensor) -> Tensor:
     return wide[..., : tensor.shape[-1]]
 
 
+def worst(errors: Sequence[float]) -> float:
+    """The largest error; NaN if one is, which Python's `max` steps over where it is not the first."""
+    return float(torch.tensor(errors).max())
+
+
 def mutations(source: Path, masks: Sequence[str]) -> list[tuple[str, int]]:
     """Each occurrence of each mask."""
     text = source.read_text()
