@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# as many at once as there are cores; a file stays on one of them, because its tests share what they train
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile
 CODE := graftory tests examples benchmarks
 
 .DEFAULT_GOAL := help
@@ -31,13 +33,13 @@ demo: $(STAMP) ## Train, version, merge, continue and export real adapters, in g
 	$(BIN)/hub demo
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: $(STAMP) ## Run the tests, the linter, the formatter's check and the type checker
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 format: $(STAMP) ## Format the code and mend what the linter can
 	$(BIN)/ruff format $(CODE)

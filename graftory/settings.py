@@ -84,8 +84,8 @@ class HyperformerSettings(TrainSettings):
     """
 
     learning_rate: float = option("highest learning rate of the generator", 1e-4)
-    embedding_learning_rate: float = option("highest learning rate of the tasks' embeddings", 1e-2)
-    head_learning_rate: float = option("highest learning rate of the heads", 2e-3)
+    embedding_learning_rate: float = option("highest learning rate of the tasks' embeddings", 1e-3)
+    head_learning_rate: float = option("highest learning rate of the heads", 5e-3)
     temperature: float = option("T: a batch is of a task with a probability ∝ rows^(1/T); 1 is by size", 10.0)
 
     def __post_init__(self) -> None:

@@ -64,7 +64,7 @@ class BottleneckSite(FusableSite[BottleneckConfig]):
     def install(self, model: PreTrainedModel) -> None:
         """Read and change what the module returns."""
         del model
-        self.handles.append(self.module.register_forward_hook(self._hook))
+        self.listen(self._hook)
 
     def scale_of(self, config: BottleneckConfig, path: str) -> float:
         """See `BankedSite.scale_of`."""
@@ -104,7 +104,9 @@ class BottleneckSite(FusableSite[BottleneckConfig]):
         hidden = output[0] if isinstance(output, tuple) else output
         changed = hidden
         for bank, selection in self.changes(hidden):
-            changed = selection.add(changed, self.update(selection.take(hidden), bank, selection))
+            changed = selection.add(
+                changed, self.update(selection.take(hidden), bank, selection), fresh=bank is not None
+            )
         if changed is hidden:
             return None
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
@@ -117,7 +119,9 @@ class NormSite(BottleneckSite):
         changed = total = args[0]
         touched: list[Tensor] = []
         for bank, selection in self.changes(total):
-            changed = selection.add(changed, self.update(selection.take(output), bank, selection))
+            changed = selection.add(
+                changed, self.update(selection.take(output), bank, selection), fresh=bank is not None
+            )
             touched.append(_all_rows(total) if selection.rows is None else selection.rows)
         if not touched:
             return None
@@ -149,7 +153,7 @@ class ParallelSite(BottleneckSite):
             return None
         changed = output
         for bank, selection in self.changes(x):
-            changed = selection.add(changed, self.update(selection.take(x), bank, selection))
+            changed = selection.add(changed, self.update(selection.take(x), bank, selection), fresh=bank is not None)
         return changed
 
 

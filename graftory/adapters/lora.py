@@ -11,23 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter
-from graftory.adapters.architectures import (
-    GROUPS,
-    architecture_of,
-    head_paths,
-    is_linear,
-    linear_widths,
-    matching,
-    module_at,
-)
+from graftory.adapters.architectures import linear_widths, module_at
 from graftory.adapters.bank import Bank
 from graftory.adapters.banked_site import dropout_of
 from graftory.adapters.fusion_math import Source
 from graftory.adapters.fusion_site import FusableSite, named
 from graftory.adapters.method import Method
 from graftory.adapters.route import Selection
+from graftory.adapters.targets import linear_targets
 from graftory.config import LoraConfig
-from graftory.errors import UnsupportedAdapterError
 from graftory.kernels import batched_lora
 
 A, B = LoraConfig.parts
@@ -37,10 +29,12 @@ class LoraSite(FusableSite[LoraConfig]):
     """LoRA weights at one linear layer: A [r, d_in], B [d_out, r] of each adapter."""
 
     padded: ClassVar = {A: 0, B: 1}
+    order: ClassVar[int] = -2
 
-    def install(self, model: PreTrainedModel) -> None:  # noqa: ARG002
+    def install(self, model: PreTrainedModel) -> None:
         """Add the update to what the linear layer returns, ahead of any bottleneck that reads it."""
-        self.handles.append(self.module.register_forward_hook(self._hook, prepend=True))
+        del model
+        self.listen(self._hook)
 
     def shapes(self, config: LoraConfig, path: str) -> Mapping[str, tuple[int, ...]]:
         """[r, d_in] and [d_out, r]."""
@@ -70,7 +64,7 @@ class LoraSite(FusableSite[LoraConfig]):
         changed = output
         for bank, selection in self.selections(route, args[0]):
             for part in self._alike(selection):
-                changed = part.add(changed, self._update(args[0], bank, part))
+                changed = part.add(changed, self._update(args[0], bank, part), fresh=True)
         for selection in self.fused_selections(route, args[0]):
             changed = selection.add(changed, self.fused_update(selection.take(args[0]), selection))
         return None if changed is output else changed
@@ -93,31 +87,7 @@ class LoraSite(FusableSite[LoraConfig]):
 
 
 def _resolve(model: PreTrainedModel, config: LoraConfig) -> tuple[str, ...]:
-    """The explicit linear layers that a configuration means.
-
-    A target is a group (`qv`, `attention`, `ffn`, `all`) or role (`q`, `v`, ...) of the architecture table, or the
-    end of a module path, as in PEFT (`query`, `layer.0.attention.self.query`).
-    """
-    row = architecture_of(model)
-    heads = (*head_paths(model), "lm_head")
-    linears = [path for path, module in model.named_modules() if is_linear(module) and path.split(".")[0] not in heads]
-    chosen: list[str] = []
-    for target in config.targets or ("qv",):
-        if row and target in GROUPS:
-            patterns = [pattern for role in GROUPS[target] for pattern in row.linears.get(role, ())]
-        elif row and target in row.linears:
-            patterns = list(row.linears[target])
-        else:
-            patterns = [target]
-        found = linears if target == "all" and row is None else [path for path, _ in matching(linears, patterns)]
-        if not found:
-            raise UnsupportedAdapterError(
-                f"target {target!r} fits no linear layer of {type(model).__name__}; give a group "
-                f"({', '.join(GROUPS)}), a role ({', '.join(row.linears) if row else 'none for this architecture'}) "
-                "or the end of a module path"
-            )
-        chosen += found
-    return tuple(sorted(set(chosen)))
+    return linear_targets(model, config.targets or ("qv",))
 
 
 def _initial(model: PreTrainedModel, path: str, config: LoraConfig, generator: torch.Generator) -> dict[str, Tensor]:

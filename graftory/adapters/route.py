@@ -48,10 +48,19 @@ class Selection:
         """The inputs of the rows, [E, ...]."""
         return x if self.rows is None else x.index_select(0, self.rows)
 
-    def add(self, output: Tensor, update: Tensor) -> Tensor:
-        """`output` plus what is added to the rows; others keep their bits."""
+    def add(self, output: Tensor, update: Tensor, *, fresh: bool = False) -> Tensor:
+        """`output` plus what is added to the rows; others keep their bits.
+
+        Args:
+            output: All rows.
+            update: What is added to the rows of this selection.
+            fresh: Whether `update` is nobody else's. Its memory is used then, where autograd does not mind: new
+                memory costs as much as the sum.
+        """
         update = update.to(output.dtype)
-        return output + update if self.rows is None else output.index_add(0, self.rows, update)
+        if self.rows is not None:
+            return output.index_add(0, self.rows, update)
+        return update.add_(output) if fresh and not torch.is_grad_enabled() else output + update
 
     def weighted(self, update: Tensor) -> Tensor:
         """An update times the weights, where a row has one adapter."""

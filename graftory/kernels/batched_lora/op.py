@@ -74,7 +74,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     (rows, tokens, _), places, rank = x.shape, index.shape[1], a.shape[1]
     update = x.new_empty(rows, tokens, b.shape[1])
     if backend == "torch":
-        return update, x.new_empty(rows, tokens, places * rank)
+        return update, x.new_empty(rows, places * rank, tokens)
     return update, x.new_empty(rows * tokens * places, rank, dtype=torch.float32)
 
 

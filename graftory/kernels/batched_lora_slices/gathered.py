@@ -13,7 +13,7 @@ from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
 
 
 def forward(inputs: Inputs, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The updates side by side, [N, T, Σ D_s], and S = x Aᵀ of each slice, [S, N, T, M R], for the backward."""
+    """The updates side by side, [N, T, Σ D_s], and Sᵀ = A xᵀ of each slice, [S, N, M R, T], for the backward."""
     updates, hidden = zip(*(gathered.forward(each) for each in _slices(inputs, widths)), strict=True)
     return torch.cat(updates, -1), torch.stack(hidden)
 

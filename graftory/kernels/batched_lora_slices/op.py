@@ -75,7 +75,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     (rows, tokens, _), places, (slices, _, rank, _) = x.shape, index.shape[1], a.shape
     update = x.new_empty(rows, tokens, b.shape[1])
     if backend == "torch":
-        return update, x.new_empty(slices, rows, tokens, places * rank)
+        return update, x.new_empty(slices, rows, places * rank, tokens)
     return update, x.new_empty(slices, rows * tokens * places, rank, dtype=torch.float32)
 
 

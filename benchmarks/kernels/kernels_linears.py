@@ -1,8 +1,8 @@
-"""`kernels.py`, part `linears`: one frozen linear layer and the adapters of its rows, forward and backward."""
+"""`python benchmarks/kernels`, part `linears`: one frozen linear layer and the adapters of its rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from graftory.kernels import batched_lora
 
-WIDTH, ROWS, TOKENS, RANK = 384, 128, 16, 8
+WIDTH, ROWS, TOKENS, RANK = 384, 64, 32, 8
 COUNTS = (1, 8, 32, 64)
 PAIRS = {
     f"{mode}{way} / base": (f"{mode}{way}", f"{mode}base")
@@ -23,9 +23,10 @@ PAIRS = {
 Update = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def measure_linears() -> list[dict[str, Any]]:
+def measure_linears() -> Iterator[dict[str, Any]]:
     """Every number of adapters."""
-    return [one(count) for count in track(COUNTS, "linears")]
+    for count in track(COUNTS, "linears"):
+        yield one(count)
 
 
 def one(count: int) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def one(count: int) -> dict[str, Any]:
     def forward(update: Update | None) -> Run:
         def run() -> None:
             with torch.no_grad():
-                _ = base() if update is None else base() + update(x, a, b, index)
+                _ = base() if update is None else update(x, a, b, index).add_(base())
 
         return run
 

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 
 Run = Callable[[], object]
-WARM_UP, LEAST, MOST, SECONDS = 2, 5, 25, 6.0
+WARM_UP, LEAST, MOST, SECONDS = 1, 4, 25, 5.0
 
 
 def medians(runs: Mapping[str, Run]) -> dict[str, float]:
-    """Milliseconds of each, interleaved so that noise hits all alike: 5 to 25 repeats in about 6 seconds."""
+    """Milliseconds of each, interleaved so that noise hits all alike: 4 to 25 repeats in about 5 seconds."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.perf_counter()
     for turn in range(WARM_UP + MOST):

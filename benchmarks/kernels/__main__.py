@@ -1,8 +1,8 @@
 """One batch whose rows use different LoRA adapters: graftory, its base and its peers, in the same run.
 
-    python benchmarks/kernels.py                        # models and linears on the CPU, about 20 minutes on two cores
-    python benchmarks/kernels.py --part gpu             # the kernels on a GPU, beside vLLM's if that is installed
-    python benchmarks/kernels.py --part models --tokens 1 --adapters 32 --no-write   # a quick look
+    python benchmarks/kernels                        # models and linears on the CPU; resumable
+    python benchmarks/kernels --part gpu             # the kernels on a GPU, beside vLLM's if that is installed
+    python benchmarks/kernels --part models --tokens 1 --adapters 32 --no-write   # a quick look
 
 Rank 8, fp32, random weights. Every figure is a median of repeats that are interleaved with those of its peers.
 
@@ -11,7 +11,7 @@ Rank 8, fp32, random weights. Every figure is a median of repeats that are inter
   base, PEFT with one adapter for the batch, and PEFT's mixed batch (`adapter_names`), which raises in training mode, so
   that there its users' way is taken: one batch an adapter. `one` is graftory with one adapter for the batch, `held` a
   mixed batch whose route was put in force before, as in `generate`.
-- `linears`: one frozen linear layer, d = 384, 128 rows of 16 tokens, all adapters learning. Peers: a loop over
+- `linears`: one frozen linear layer, d = 384, 64 rows of 32 tokens, all adapters learning. Peers: a loop over
   adapters, and gather and batched products, both through autograd.
 - `gpu`: bf16, d = 4096, ranks 8 to 128, 1 to 8192 tokens, 1 to 256 adapters; as a ratio to the time that the bytes
   which must move take at the speed of a copy, measured. Peers: a loop over adapters, gather and batched products, and
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,29 @@ from rich.table import Table
 
 from graftory.versions import library_versions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 Rows = list[dict[str, Any]]
 
 
 def main() -> None:
     """Measure, print ratios, keep the figures."""
     options = parse()
-    parts = {
-        "models": lambda: measure_models(options.sizes, options.tokens, options.adapters),
+    file = RESULTS / ("kernels_gpu.json" if options.part == "gpu" else "kernels.json")
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    found["machine"] = machine(gpu=options.part == "gpu")
+    known = [] if options.again else found.get("models", [])
+    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "models": lambda: measure_models(options.sizes, options.tokens, options.adapters, known),
         "linears": measure_linears,
         "gpu": measure_gpu,
     }
-    chosen = [options.part] if options.part else ["models", "linears"]
-    found: dict[str, Rows] = {name: parts[name]() for name in chosen}
-    for name, rows in found.items():
-        print_table(name, rows)
-    if not options.no_write:
-        write(found, "kernels_gpu.json" if options.part == "gpu" else "kernels.json")
+    for name in [options.part] if options.part else ["models", "linears"]:
+        found[name] = list(known) if name == "models" else []
+        for row in parts[name]():
+            found[name].append(row)
+            if not options.no_write:  # after each, so that one that is broken off goes on
+                file.write_text(json.dumps(found, indent=1) + "\n")
+        print_table(name, found[name])
 
 
 def print_table(title: str, rows: Rows) -> None:
@@ -72,17 +78,14 @@ def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def write(found: dict[str, Rows], file: str) -> None:
-    """Keep the figures; parts that were not measured now stay as they are."""
-    path = RESULTS / file
-    before = json.loads(path.read_text()) if path.exists() else {}
-    machine = {
-        "processor": torch.cuda.get_device_name() if file == "kernels_gpu.json" else platform.machine(),
+def machine(*, gpu: bool) -> dict[str, Any]:
+    """What this was measured on."""
+    versions = library_versions()
+    return {
+        "processor": torch.cuda.get_device_name() if gpu and torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
-        "graftory": library_versions()["graftory"],
-        **{name: library_versions()[name] for name in ("torch", "transformers", "peft")},
+        **{name: versions[name] for name in ("graftory", "torch", "transformers", "peft")},
     }
-    path.write_text(json.dumps({**before, "machine": machine, **found}, indent=1) + "\n")
 
 
 def parse() -> argparse.Namespace:
@@ -92,6 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", type=numbers, default=(384, 768))
     parser.add_argument("--tokens", type=numbers, default=(1, 16, 64))
     parser.add_argument("--adapters", type=numbers, default=(1, 8, 32, 64))
+    parser.add_argument("--again", action="store_true", help="measure models anew that are in the results")
     parser.add_argument("--no-write", action="store_true")
     return parser.parse_args()
 

@@ -1,9 +1,9 @@
-"""`kernels.py`, part `gpu`: the kernels themselves, against the time that moving their bytes takes."""
+"""`python benchmarks/kernels`, part `gpu`: the kernels themselves, against the time that moving their bytes takes."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ NAMES = ("forward", "backward", "loop", "gather", "vLLM")
 Run = Callable[[], object]
 
 
-def measure_gpu() -> list[dict[str, Any]]:
-    """Every combination.
+def measure_gpu() -> Iterator[dict[str, Any]]:
+    """Every combination, as it is measured.
 
     Raises:
         SystemExit: If there is no GPU.
@@ -30,7 +30,8 @@ def measure_gpu() -> list[dict[str, Any]]:
         sys.exit("error: no GPU here; --part models and --part linears run on the CPU")
     speed = copy_speed()
     grid = [(rank, tokens, count) for rank in RANKS for tokens in TOKENS for count in COUNTS if count <= tokens]
-    return [one(*cell, speed) for cell in track(grid, "kernels")]
+    for cell in track(grid, "kernels"):
+        yield one(*cell, speed)
 
 
 def copy_speed() -> float:

@@ -1,8 +1,8 @@
-"""`kernels.py`, part `models`: whole models with many adapters."""
+"""`python benchmarks/kernels`, part `models`: whole models with many adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from graftory import AdaptedModel, LoraConfig, attach, new_adapter
+from graftory import AdaptedModel, LoraConfig, attach, base_of, new_adapter
 
 ROWS, RANK = 32, 8
 LAYERS = {384: 6, 768: 2}
@@ -30,16 +30,25 @@ FORWARD = {
 }
 
 
-def measure_models(sizes: Sequence[int], tokens: Sequence[int], counts: Sequence[int]) -> list[dict[str, Any]]:
-    """Every combination."""
+def measure_models(
+    sizes: Sequence[int], tokens: Sequence[int], counts: Sequence[int], known: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Every combination that is not known yet, as it is measured."""
     grid = [
-        (size, targets, length, count) for size in sizes for targets in TARGETS for length in tokens for count in counts
+        {"hidden": size, "linears": targets, "tokens": length, "adapters": count}
+        for size in sizes
+        for length in tokens
+        for targets in TARGETS
+        for count in counts
     ]
-    return [one(*cell) for cell in track(grid, "models")]
+    there = [row["of"] for row in known]
+    for of in track([of for of in grid if of not in there], "models"):
+        yield one(of)
 
 
-def one(size: int, targets: str, tokens: int, count: int) -> dict[str, Any]:
+def one(of: dict[str, Any]) -> dict[str, Any]:
     """One combination."""
+    size, targets, tokens, count = of.values()
     names = [f"a{number}" for number in range(count)]
     batch = batch_of(ROWS, tokens)
     adapted, model, base = ours(size, targets, names), theirs(size, targets, names), make_base(size)
@@ -57,7 +66,6 @@ def one(size: int, targets: str, tokens: int, count: int) -> dict[str, Any]:
     with route:
         times = medians(runs)
     times |= medians(trainings(adapted, model, rows, batch))
-    of = {"hidden": size, "linears": targets, "tokens": tokens, "adapters": count}
     return {"of": of, "milliseconds": {k: round(v, 3) for k, v in times.items()}, "ratios": ratios(times, FORWARD)}
 
 
@@ -130,8 +138,9 @@ def batch_of(rows: int, tokens: int) -> dict[str, Tensor]:
 
 def ours(size: int, targets: str, names: Sequence[str]) -> AdaptedModel:
     """Our model with its adapters."""
-    base, config = make_base(size), LoraConfig(rank=RANK, targets=(targets,))
-    return attach(base, {name: new_adapter(base, config) for name in names}).eval()
+    model, config = make_base(size), LoraConfig(rank=RANK, targets=(targets,))
+    known = base_of(model)
+    return attach(model, {name: new_adapter(model, config, base=known) for name in names}).eval()
 
 
 def theirs(size: int, targets: str, names: Sequence[str]) -> Any:

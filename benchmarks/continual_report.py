@@ -1,0 +1,87 @@
+"""The tables of `continual.py`."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from graftory.continual import Report
+from graftory.continual.compare import difference_rows, mean_rows, paired_differences
+from graftory.continual.report_text import table
+from graftory.schema import encode
+from graftory.versions import library_versions
+
+REFERENCE = "seq"
+
+
+@dataclass(frozen=True, slots=True)
+class CostedRun:
+    """A finished run and what it cost."""
+
+    setting: str
+    order: int
+    report: Report
+    cpu_seconds: float
+    peak_mb: float
+    whole: bool
+    """Whether it ran through without being stopped, so that its time is that of all of it."""
+
+
+def write_report(runs: Sequence[CostedRun], folder: Path | None) -> None:
+    """Print the tables, and write them with the runs."""
+    text = markdown(runs)
+    Console().print(Markdown(text))
+    if folder is None:
+        return
+    machine = {"system": platform.system(), "processor": platform.machine(), "libraries": library_versions()}
+    (folder / "continual.json").write_text(
+        json.dumps({"machine": machine, "runs": encode(tuple(runs))}, indent=1) + "\n"
+    )
+    (folder / "continual.md").write_text(text)
+
+
+def markdown(runs: Sequence[CostedRun]) -> str:
+    """All tables."""
+    lines = ["# Tasks one after another", "", "`python benchmarks/continual.py`; what is measured stands there."]
+    for setting in dict.fromkeys(run.setting for run in runs):
+        own = [run for run in runs if run.setting == setting]
+        reports = [run.report for run in own]
+        tasks = ", ".join(min(own, key=lambda run: run.order).report.tasks)
+        lines += ["", f"## {setting}: {tasks}", "", *table(mean_rows(reports))]
+        strategies = {report.strategy for report in reports}
+        differences = paired_differences(reports, REFERENCE) if REFERENCE in strategies else ()
+        if differences:
+            lines += ["", f"Paired differences to `{REFERENCE}`, points:", "", *table(difference_rows(differences))]
+        lines += ["", "Cost, means over runs:", "", *table(cost_rows(own))]
+    return "\n".join(lines) + "\n"
+
+
+def cost_rows(runs: Sequence[CostedRun]) -> list[dict[str, str]]:
+    """CPU time and memory of each strategy, and beside those of the reference."""
+    seconds = {name: _mean(runs, name) for name in dict.fromkeys(run.report.strategy for run in runs)}
+    base = seconds.get(REFERENCE)
+    rows = []
+    for name, value in seconds.items():
+        own = [run for run in runs if run.report.strategy == name]
+        rows.append(
+            {
+                "strategy": name,
+                "CPU s": "–" if value is None else f"{value:.0f}",
+                f"times {REFERENCE}": "–" if value is None or not base else f"{value / base:.2f}",
+                "peak memory, MB": f"{fmean(run.peak_mb for run in own):.0f}",
+                "stored at the end, kB": f"{fmean(sum(run.report.storage[-1].values()) for run in own) / 1000:.0f}",
+            }
+        )
+    return rows
+
+
+def _mean(runs: Sequence[CostedRun], strategy: str) -> float | None:
+    values = [run.cpu_seconds for run in runs if run.report.strategy == strategy and run.whole]
+    return fmean(values) if values else None
