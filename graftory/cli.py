@@ -22,7 +22,7 @@ COMMANDS: Mapping[str, str] = {
     "show": "Show everything that is recorded about an adapter.",
     "log": "Show what an adapter was made from.",
     "diff": "Compare two adapters: what is recorded of them, and their tensors.",
-    "add": "Add an adapter from a folder, PEFT's or graftory's own.",
+    "add": "Add an adapter from a folder: PEFT's, AdapterHub's or graftory's own.",
     "push": "Send an adapter to a remote hub.",
     "pull": "Fetch an adapter from a remote hub.",
     "alias": "Name a version, or list the names of versions.",

@@ -42,11 +42,8 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraConfig(AdapterConfig):
-    """LoRA (Hu et al. 2022, arXiv:2106.09685): y = W x + s B A x, s = alpha/r, or alpha/sqrt(r) (rsLoRA)."""
-
-    method: ClassVar[str] = "lora"
-    parts: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight")
+class LowRankConfig(AdapterConfig):
+    """What LoRA and DoRA share: a product s B A beside a linear layer, s = alpha/r, or alpha/sqrt(r) (rsLoRA)."""
 
     rank: int = option("rank r of the update", 8)
     alpha: float = option("scale: s = alpha / rank", 16.0)
@@ -71,6 +68,63 @@ class LoraConfig(AdapterConfig):
         """The factor s at one module."""
         rank = self.rank_of(path)
         return self.alpha_pattern.get(path, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig(LowRankConfig):
+    """LoRA (Hu et al. 2022, arXiv:2106.09685): y = W x + s B A x."""
+
+    method: ClassVar[str] = "lora"
+    parts: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoraConfig(LowRankConfig):
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): y = m V x / |V| with V = W + s B A, norms by output."""
+
+    method: ClassVar[str] = "dora"
+    parts: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ia3Config(AdapterConfig):
+    """(IA)³ (Liu et al. 2022, arXiv:2205.05638): a vector scales what a linear layer returns, or what it reads."""
+
+    method: ClassVar[str] = "ia3"
+    parts: ClassVar[tuple[str, ...]] = ("ia3_l",)
+
+    feedforward: tuple[str, ...] = ()
+    """The targets whose input is scaled: the FFN's second layers. Filled in from the base; explicit paths."""
+
+    def __post_init__(self) -> None:
+        odd = sorted(set(self.feedforward) - set(self.targets))
+        if odd:
+            raise ConfigError(f"feedforward: {odd[0]!r:.80} is no target; wanted some of the targets")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitfitConfig(AdapterConfig):
+    """BitFit (Ben Zaken et al. 2022, arXiv:2106.10199): what is added to the biases of linear layers and norms."""
+
+    method: ClassVar[str] = "bitfit"
+    parts: ClassVar[tuple[str, ...]] = ("bias_delta",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixConfig(AdapterConfig):
+    """Prefix tuning (Li and Liang 2021, arXiv:2101.00190): learned keys and values in front of each attention's own."""
+
+    method: ClassVar[str] = "prefix"
+    parts: ClassVar[tuple[str, ...]] = ("prefix_keys", "prefix_values")
+
+    length: int = option("keys and values of each attention", 20)
+    spread: float = option("standard deviation of fresh keys and values", 0.1)
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ConfigError(f"length: got {self.length}, wanted 1 or more")
+        if not (math.isfinite(self.spread) and self.spread >= 0):
+            raise ConfigError(f"spread: got {self.spread}, wanted a finite number of 0 or more")
 
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
@@ -235,6 +289,42 @@ class SmopConfig(ComposedConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptConfig(ComposedConfig):
+    """Prompt tuning (Lester et al. 2021, arXiv:2104.08691): one prompt at the input, the same for every row."""
+
+    method: ClassVar[str] = "prompt"
+    trained_by: ClassVar[str] = "train"
+
+    length: int = option("soft tokens of the prompt", 20)
+    start: Literal["vocabulary", "normal"] = option("a fresh prompt: tokens of the vocabulary, or noise", "vocabulary")
+    spread: float = option("standard deviation of a fresh prompt of noise", 1.0)
+    width: int = 0
+    """d, the width of the input embeddings; filled in from the base."""
+
+    def __post_init__(self) -> None:
+        # what SMoP with one prompt checks
+        SmopConfig(prompts=1, length=self.length, spread=self.spread, width=self.width, targets=self.targets)
+
+    @property
+    def prompts(self) -> int:
+        """One: nothing is routed."""
+        return 1
+
+    @property
+    def noise(self) -> float:
+        """None, as there is no router."""
+        return 0.0
+
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shapes of the tensors, by their names behind the path of the input embeddings; as of SMoP's one prompt."""
+        return {"smop_prompts": (1, self.length, self.width)}
+
+    def tensor_shapes(self) -> Mapping[str, Shape]:
+        """See `ComposedConfig`."""
+        return {f"{path}.{part}": shape for path in self.targets for part, shape in self.shapes().items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NormedBottleneckConfig(BottleneckConfig):
     """A bottleneck with a LayerNorm of its own behind it, as Hyperformer makes them: LN(U act(D h + c) + e)."""
 
@@ -353,7 +443,19 @@ class HyperformerConfig(ComposedConfig):
 
 CONFIGS: Mapping[str, type[AdapterConfig]] = {
     kind.method: kind
-    for kind in (LoraConfig, BottleneckConfig, NormedBottleneckConfig, FusionConfig, SmopConfig, HyperformerConfig)
+    for kind in (
+        LoraConfig,
+        DoraConfig,
+        Ia3Config,
+        BitfitConfig,
+        PrefixConfig,
+        BottleneckConfig,
+        NormedBottleneckConfig,
+        FusionConfig,
+        SmopConfig,
+        PromptConfig,
+        HyperformerConfig,
+    )
 }
 """Every method that can be stored, by name."""
 

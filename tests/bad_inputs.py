@@ -370,12 +370,12 @@ TENSOR_ROWS = [
 # ---------------------------------------------------------------- PEFT's configuration
 
 _NO_VERSIONS: tuple[Any, ...] = (3, [])
-_NO_METHODS: tuple[Any, ...] = ("IA3", "ADALORA", "lora", None, 3, ["LORA"], {})
+_NO_METHODS: tuple[Any, ...] = ("LOHA", "ADALORA", "lora", None, 3, ["LORA"], {})
 _NO_STARTS: tuple[Any, ...] = ("pissa", "olora", "loftq", [], {})
 _NO_PATTERNS: tuple[Any, ...] = ({"q": 0}, {"q": "2"}, [1], "q", 2)
 _UNSUPPORTED: list[tuple[str, str, dict[str, Any]]] = [
     *(("feature", "peft_type", {"peft_type": kind}) for kind in _NO_METHODS),
-    ("feature", "use_dora", {"use_dora": True}),
+    ("feature", "use_qalora", {"use_qalora": True}),
     ("feature", "bias", {"bias": "all"}),
     ("feature", "lora_bias", {"lora_bias": True}),
     ("feature", "layer_replication", {"layer_replication": [[0, 2]]}),

@@ -143,5 +143,16 @@ def test_unknown_command_is_a_usage_error() -> None:
 def test_command_modules_have_one_command_each() -> None:
     assert isinstance(init.command, click.Command)
     folder = Path(init.__file__).parent
-    helpers = {"__init__", "base", "options", "output", "recorded", "run_file", "selecting", "texts"}
+    helpers = {
+        "__init__",
+        "base",
+        "export_formats",
+        "ledger",
+        "options",
+        "output",
+        "recorded",
+        "run_file",
+        "selecting",
+        "texts",
+    }
     assert {path.stem for path in folder.glob("*.py")} - helpers == {name.replace("-", "_") for name in COMMANDS}

@@ -70,8 +70,50 @@ def test_report_compares_runs_and_names_the_pictures(runs: dict[str, Result], pl
     assert head.split()[:2] == ["run", "strategy"]
     assert [line.split()[1] for line in lines if line.startswith("halves ")] == ["isolated", "isolated", "seq"]
     pictures = [Path(line.removeprefix("picture: ")) for line in lines if line.startswith("picture: ")]
-    assert len(pictures) == 3
+    assert len(pictures) == 7  # heat map, curves, storage; and the router's heat map
     assert all(picture.is_file() for picture in pictures)
+
+
+def test_compare_shows_means_and_paired_differences(runs: dict[str, Result], place: Path) -> None:
+    result = call(place, "compare", place / "isolated", place / "seq", "--reference", "seq")
+    assert result.exit_code == 0, result.output
+    assert "mean difference" in result.stdout
+    found = json.loads(call(place, "compare", place / "isolated", place / "seq", "--json").stdout)
+    differences = {each["strategy"]: each for each in found["differences"]}
+    assert set(differences) == {"isolated (router)", "seq"}
+    last = {name: json.loads(run.stdout)["matrix"][-1] for name, run in runs.items()}
+    by_hand = sum(b - a for a, b in zip(last["isolated"], last["seq"], strict=True)) / 2
+    assert differences["seq"]["mean"] == pytest.approx(by_hand)
+    assert differences["seq"]["pairs"] == 2
+
+
+def test_status_says_what_is_learnt(runs: dict[str, Result], place: Path) -> None:
+    result = call(place, "status", place / "seq")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.split()[:3] for line in lines[1:3]] == [["1", "first", "halves@1"], ["2", "second", "halves@2"]]
+    assert "step 2, second: commit" in lines[3]
+    missing = call(place, "status", place / "nowhere")
+    assert missing.exit_code == 1
+    assert "holds no run" in missing.stderr
+    assert runs["seq"].exit_code == 0
+
+
+def test_a_strategy_with_parameters_from_the_command_line(place: Path, tmp_path: Path) -> None:
+    arguments = ("--strategy", "ewc+replay", "--param", "ewc.strength=5", "--param", "replay.capacity=3", "--seed", "1")
+    run = tmp_path / "run"
+    result = call(place, "run", place / "sequence.yaml", *arguments, "--dir", run, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["strategy"] == "ewc+replay"
+    sequence = json.loads((run / "sequence.json").read_text())
+    assert sequence["parameters"] == {"ewc": {"strength": 5}, "replay": {"capacity": 3}}
+    assert sequence["seed"] == 1
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    wrong = call(
+        place, "run", place / "sequence.yaml", "--strategy", "ewc", "--param", "power=1", "--dir", tmp_path / "x"
+    )
+    assert wrong.exit_code == 1
+    assert "unknown key 'power'; it takes strength, decay, fisher_rows" in wrong.stderr
 
 
 @pytest.mark.parametrize(

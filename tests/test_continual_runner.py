@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from graftory.adapter import Parent
 from graftory.continual import Event, Report, compare_runs, load_report, load_sequence, run_sequence
@@ -23,72 +21,12 @@ from graftory.continual.router_file import load_router
 from graftory.continual.state import RunFolder
 from graftory.errors import ConfigError, CorruptAdapterError, GraftoryError
 from graftory.hub import Hub
-
-TASKS = {
-    "colours": {"warm": ["red", "orange", "pink"], "cold": ["blue", "teal", "navy"]},
-    "animals": {"bird": ["owl", "crow"], "fish": ["cod", "eel"], "insect": ["bee", "ant"]},
-    "tools": {"cut": ["saw", "knife"], "hit": ["hammer", "mallet"]},
-}
-FILLERS = {"colours": ["paint", "wall"], "animals": ["zoo", "river"], "tools": ["shed", "bench"]}
-SEQUENCE = """\
-name: {name}
-base: base
-tasks: [{tasks}]
-strategy: {strategy}
-options: {{rank: 8, targets: [all]}}
-train: {{epochs: 10, learning_rate: 0.01, batch_size: 8}}
-limits: {{train: 48, test: 30}}
-router: {{centroids: 2}}
-seed: 3
-"""
+from tests.continual_samples import TASKS, make_place, sequence_file
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base model, three tasks and nothing else."""
-    root = tmp_path_factory.mktemp("place")
-    words = [word for task in TASKS.values() for group in task.values() for word in group]
-    words += [word for group in FILLERS.values() for word in group]
-    (root / "base").mkdir()
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    (root / "base" / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizer(vocab=str(root / "base" / "vocab.txt")).save_pretrained(root / "base")
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
-    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = BertForSequenceClassification(
-        BertConfig(vocab_size=len(vocabulary), intermediate_size=48, initializer_range=0.2, **sizes)
-    )
-    model.save_pretrained(root / "base")
-    for name in TASKS:
-        write_task(root, name)
-    return root
-
-
-def write_task(root: Path, name: str) -> None:
-    generator = torch.Generator().manual_seed(len(name))
-
-    def pick(items: Sequence[str]) -> str:
-        return items[int(torch.randint(len(items), (1,), generator=generator))]
-
-    for split, n in (("train", 64), ("test", 40)):
-        lines = ["text,label"]
-        for _ in range(n):
-            label = pick(list(TASKS[name]))
-            tokens = [pick(TASKS[name][label]), *(pick(FILLERS[name]) for _ in range(len(lines) % 3))]
-            lines.append(f"{' '.join(tokens)},{label}")
-        (root / f"{name}-{split}.csv").write_text("\n".join(lines) + "\n")
-    (root / f"{name}.yaml").write_text(
-        f"name: {name}\nkind: classification\ndata: {{train: {name}-train.csv, test: {name}-test.csv}}\n"
-        "text: text\nlabel: label\nmax_length: 16\n"
-    )
-
-
-def sequence_file(place: Path, strategy: str, tasks: Sequence[str] = tuple(TASKS), name: str = "run") -> Path:
-    path = place / f"{name}-{strategy}-{'-'.join(tasks)}.sequence.yaml"
-    files = ", ".join(f"{task}.yaml" for task in tasks)
-    path.write_text(SEQUENCE.format(name=name, tasks=files, strategy=strategy))
-    return path
+    return make_place(tmp_path_factory.mktemp("place"))
 
 
 def run(path: Path, root: Path, **arguments: Any) -> tuple[Report, Hub]:

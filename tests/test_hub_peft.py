@@ -241,7 +241,6 @@ def refused(folder: Path, tmp_path: Path, error: type[Exception], text: str) -> 
 
 
 UNSUPPORTED: list[tuple[str, Any]] = [
-    ("use_dora", True),
     ("bias", "all"),
     ("lora_bias", True),
     ("layer_replication", [[0, 2]]),
@@ -251,7 +250,7 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("alora_invocation_tokens", [3]),
     ("init_lora_weights", "pissa"),
     ("auto_mapping", {"base_model_class": "X", "parent_library": "evil.module"}),
-    ("peft_type", "IA3"),
+    ("peft_type", "LOHA"),
     ("task_type", "TOKEN_CLS"),
     ("a_feature_of_next_year", {"on": True}),
     ("rank_pattern", {"(a+)+$": 3}),
@@ -271,6 +270,7 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     ("lora_alpha", None),
     ("lora_dropout", 1.5),
     ("use_rslora", 1),
+    ("use_dora", "yes"),
     ("modules_to_save", "classifier"),
     ("rank_pattern", {"q": 0}),
     ("base_model_name_or_path", 3),

@@ -193,8 +193,7 @@ class AdaptedModel(nn.Module):
         for path, config in method.places(adapter.spec.config):
             found, _ = module_at(self.model, path)
             site = method.site(self.model, found, id(self), config)
-            # ModuleDict keys hold no dots
-            key = f"{type(site).__name__} {found}".replace(".", "/")
+            key = _key(f"{type(site).__name__} {found}")
             if key in self.sites:
                 site = self._site(key)
             site.reserve(self._capacity)
@@ -207,9 +206,9 @@ class AdaptedModel(nn.Module):
 
     def _put_head(self, entry: _Entry, adapter: Adapter) -> _Entry:
         for path in adapter.spec.task.head if adapter.spec.task else ():
-            if path not in self.heads:
+            if _key(path) not in self.heads:
                 module_at(self.model, path)
-                self.heads[path] = HeadSite(self.model, path, id(self))
+                self.heads[_key(path)] = HeadSite(self.model, path, id(self))
             self._head(path).put(entry.slot, adapter.tensors)
             entry = replace(entry, heads=(*entry.heads, path))
         return entry
@@ -258,14 +257,20 @@ class AdaptedModel(nn.Module):
         return site
 
     def _head(self, path: str) -> HeadSite:
-        site = self.heads[path]
+        site = self.heads[_key(path)]
         assert isinstance(site, HeadSite)
         return site
 
 
+def _key(path: str) -> str:
+    """A path as a key of a `ModuleDict`, which holds no dots."""
+    return path.replace(".", "/")
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Whether adapters sit in a model, by the hooks on its modules."""
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    tables = (table for each in model.modules() for table in (each._forward_hooks, each._forward_pre_hooks))
+    hooks = (hook for table in tables for hook in table.values())
     return any(isinstance(getattr(hook, "__self__", None), Site | HeadSite) for hook in hooks)
 
 

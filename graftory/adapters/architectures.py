@@ -41,6 +41,8 @@ class Architecture:
     """Post-norm models: the LayerNorm behind the FFN's sum (Pfeiffer)."""
     blocks: tuple[str, ...] = ()
     """Pre-norm models: the block, whose output is the FFN's sum (Pfeiffer)."""
+    attentions: tuple[str, ...] = ()
+    """Modules whose keys and values are the text's own (prefixes)."""
     ffns: tuple[tuple[str, str], ...] = ()
     """Module whose input is the FFN's residual input x, module whose output is h (parallel)."""
 
@@ -57,6 +59,7 @@ _BERT = Architecture(
     },
     sublayer_ends=("layer.*.attention.output.dense", "layer.*.output.dense"),
     last_norms=("layer.*.output.LayerNorm",),
+    attentions=("layer.*.attention.self",),
     ffns=(("layer.*.intermediate", "layer.*.output.dense"),),
 )
 
@@ -72,6 +75,7 @@ _DISTILBERT = Architecture(
     },
     sublayer_ends=("layer.*.attention.out_lin", "layer.*.ffn.lin2"),
     last_norms=("layer.*.output_layer_norm",),
+    attentions=("layer.*.attention",),
     ffns=(("layer.*.ffn", "layer.*.ffn.lin2"),),
 )
 
@@ -85,6 +89,7 @@ _GPT2 = Architecture(
     },
     sublayer_ends=("h.*.attn.c_proj", "h.*.mlp.c_proj"),
     blocks=("h.*",),
+    attentions=("h.*.attn",),
     ffns=(("h.*.ln_2", "h.*.mlp.c_proj"),),
 )
 
@@ -101,6 +106,7 @@ _LLAMA = Architecture(
     },
     sublayer_ends=("layers.*.self_attn.o_proj", "layers.*.mlp.down_proj"),
     blocks=("layers.*",),
+    attentions=("layers.*.self_attn",),
     ffns=(("layers.*.post_attention_layernorm", "layers.*.mlp.down_proj"),),
 )
 
@@ -117,6 +123,7 @@ _T5 = Architecture(
     },
     sublayer_ends=("layer.*.SelfAttention.o", "layer.*.EncDecAttention.o", "layer.*.DenseReluDense.wo"),
     blocks=("block.*",),
+    attentions=("layer.*.SelfAttention",),
     ffns=(("block.*.layer.*.layer_norm", "block.*.layer.*.DenseReluDense.wo"),),
 )
 
@@ -138,6 +145,7 @@ _VIT = Architecture(
         "layer.*.output.dense",
     ),
     blocks=("layers.*", "encoder.layer.*"),
+    attentions=("layers.*.attention", "layer.*.attention.attention"),
     ffns=(
         ("layers.*.layernorm_after", "layers.*.mlp.fc2"),
         ("layer.*.layernorm_after", "layer.*.output.dense"),

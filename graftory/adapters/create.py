@@ -39,7 +39,7 @@ def new_adapter(
     if method is None:
         raise UnsupportedAdapterError(f"unknown method {config.method!r}; known: {', '.join(METHODS)}")
     seed = 0 if config.init_seed is None else config.init_seed
-    config = replace(config, targets=method.resolve(model, config), init_seed=seed)
+    config = method.fill(model, replace(config, targets=method.resolve(model, config), init_seed=seed))
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for path in config.targets:

@@ -19,6 +19,11 @@ def targets_of(config: AdapterConfig) -> Iterable[tuple[str, AdapterConfig]]:
     return ((path, config) for path in config.targets)
 
 
+def as_it_is(_: PreTrainedModel, config: AdapterConfig) -> AdapterConfig:
+    """A configuration that takes nothing more from the model."""
+    return config
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One adapter method. `Any` below stands for the method's own configuration class."""
@@ -37,3 +42,5 @@ class Method:
     """Fresh tensors for one path, by part."""
     places: Callable[[Any], Iterable[tuple[str, AdapterConfig]]] = targets_of
     """Where a configuration's tensors are: a site for each path, with the part of the configuration it is for."""
+    fill: Callable[[PreTrainedModel, Any], AdapterConfig] = as_it_is
+    """A configuration whose targets are explicit, with what else it takes from the model."""

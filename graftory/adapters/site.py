@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,9 @@ class Site(nn.Module, ABC, Generic[C]):
         owner: Identity of the adapted model, to find its route.
     """
 
+    order: ClassVar[int] = 0
+    """Where several sites change what one module returns, those of smaller numbers go first."""
+
     module: nn.Module
     """The base's module."""
 
@@ -71,6 +74,15 @@ class Site(nn.Module, ABC, Generic[C]):
             config: The adapter's configuration.
             path: The module's path as the adapter spells it.
         """
+
+    def listen(self, hook: Callable[..., Any]) -> None:
+        """Register a hook on what the module returns, among those of other sites by `order`, whoever came first."""
+        self.handles.append(self.module.register_forward_hook(hook))
+        hooks: Any = self.module._forward_hooks  # an OrderedDict, whatever its annotation says
+        ranked = sorted(hooks, key=lambda number: getattr(getattr(hooks[number], "__self__", None), "order", 0))
+        if ranked != list(hooks):
+            for number in ranked:
+                hooks.move_to_end(number)
 
     def reserve(self, places: int) -> None:
         """Make room for so many adapters, if that is of use."""

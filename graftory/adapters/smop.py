@@ -47,7 +47,7 @@ from graftory.adapters.prompt_inputs import Counting, Slots, going_on, longer, m
 from graftory.adapters.prompt_places import embedding_path, position_limit, prompt_place, stacks_of
 from graftory.adapters.route import Selection
 from graftory.adapters.site import Site
-from graftory.config import SmopConfig
+from graftory.config import PromptConfig, SmopConfig
 from graftory.errors import RouteError, UnsupportedAdapterError
 
 PROMPTS, ROUTER = "smop_prompts", "smop_router.weight"
@@ -121,7 +121,7 @@ def route_prompts(x: Tensor, prompts: Tensor, router: Tensor | None, noise: floa
     return weights.gather(1, best)[..., None] * prompts[best[:, 0]], weights
 
 
-class PromptSite(Site[SmopConfig]):
+class PromptSite(Site[SmopConfig | PromptConfig]):
     """The prompts of all adapters, at the input embeddings; the hooks are on what takes the embedded input."""
 
     stack: nn.Module
@@ -148,7 +148,7 @@ class PromptSite(Site[SmopConfig]):
         if self.decoder is not None:
             self.handles.append(self.decoder.register_forward_pre_hook(self._widen, with_kwargs=True))
 
-    def shapes(self, config: SmopConfig, path: str) -> Mapping[str, tuple[int, ...]]:
+    def shapes(self, config: SmopConfig | PromptConfig, path: str) -> Mapping[str, tuple[int, ...]]:
         """[k, l, d] and, with more than one prompt, [k, d]."""
         del path
         width = embedding_width(self.module)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from graftory.adapters.bitfit import BITFIT
 from graftory.adapters.bottleneck import BOTTLENECK, NORMED_BOTTLENECK
+from graftory.adapters.dora import DORA
 from graftory.adapters.fusion import FUSION
+from graftory.adapters.ia3 import IA3
 from graftory.adapters.lora import LORA
 from graftory.adapters.method import Method
+from graftory.adapters.prefix import PREFIX
+from graftory.adapters.prompt import PROMPT
 from graftory.adapters.smop import SMOP
 from graftory.config import AdapterConfig
 from graftory.errors import UnsupportedAdapterError
 
-METHODS: Mapping[str, Method] = {method.name: method for method in (LORA, BOTTLENECK, NORMED_BOTTLENECK, FUSION, SMOP)}
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (LORA, DORA, IA3, BITFIT, PREFIX, BOTTLENECK, NORMED_BOTTLENECK, FUSION, SMOP, PROMPT)
+}
 """Every method that can be attached, by name."""
 
 

@@ -30,10 +30,10 @@ def command(
     allow_nonfinite: bool,
     as_json: bool,
 ) -> None:
-    """Add an adapter from a folder, PEFT's or graftory's own.
+    """Add an adapter from a folder: PEFT's, AdapterHub's or graftory's own.
 
-    The files are kept byte for byte. The same files under the same name are added once; other files
-    under a version that exists are refused.
+    The files are kept byte for byte, but AdapterHub's, which become PEFT's or graftory's. The same files under the
+    same name are added once; other files under a version that exists are refused.
 
     \b
     Example:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,13 +22,21 @@ def command() -> None:
     \b
     Example:
       hub continual run sequence.yaml
-      hub continual report my-sequence-isolated my-sequence-seq
+      hub continual compare my-sequence-isolated my-sequence-seq
     """
 
 
 @command.command("run")
 @click.argument("file", metavar="FILE.yaml", type=click.Path(path_type=Path))
-@click.option("--strategy", help="How to learn: isolated or seq. [default: the file's]")
+@click.option("--strategy", help="How to learn: isolated, seq, ewc, ewc+replay, o-lora, ... [default: the file's]")
+@click.option(
+    "--param",
+    "parameters",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="A parameter of the strategy; of one of several plugins: PLUGIN.KEY=VALUE. Any number of times.",
+)
+@click.option("--seed", type=int, help="Seed of everything. [default: the file's]")
 @click.option(
     "--dir",
     "folder",
@@ -37,7 +45,15 @@ def command() -> None:
 )
 @json_option
 @click.pass_obj
-def run(registry: str | None, file: Path, strategy: str | None, folder: Path | None, as_json: bool) -> None:
+def run(
+    registry: str | None,
+    file: Path,
+    strategy: str | None,
+    parameters: tuple[str, ...],
+    seed: int | None,
+    folder: Path | None,
+    as_json: bool,
+) -> None:
     """Learn the tasks of a sequence, one after another.
 
     Every step becomes a version in the hub. A run that was stopped goes on with the task it was at; a
@@ -48,13 +64,19 @@ def run(registry: str | None, file: Path, strategy: str | None, folder: Path | N
     Example:
       hub continual run sequence.yaml
       hub continual run sequence.yaml --strategy seq --dir runs/seq
+      hub continual run sequence.yaml --strategy ewc --param strength=500
     """
     from graftory.continual import load_sequence, run_sequence
     from graftory.hub import Hub
 
     sequence = load_sequence(file)
-    if strategy is not None:
-        sequence = replace(sequence, strategy=strategy)
+    if strategy is not None and strategy != sequence.strategy:
+        # the file's parameters are those of its own strategy
+        sequence = replace(sequence, strategy=strategy, parameters={})
+    if parameters:
+        sequence = replace(sequence, parameters=with_parameters(sequence.parameters, parameters))
+    if seed is not None:
+        sequence = replace(sequence, seed=seed)
     hub = Hub.open(registry)
     folder = folder or Path(f"{sequence.name}-{sequence.strategy}")
     total = len(sequence.tasks)
@@ -76,6 +98,87 @@ def report(folders: tuple[Path, ...], as_json: bool) -> None:
     from graftory.continual import load_report
 
     show([load_report(folder) for folder in folders], folders, as_json)
+
+
+@command.command("compare")
+@click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--reference", help="Strategy to hold the others against. [default: that of the first run]")
+@json_option
+def compare(folders: tuple[Path, ...], reference: str | None, as_json: bool) -> None:
+    """Hold finished runs against each other: means over seeds and orders, and paired differences.
+
+    Pairs are the final scores on one task of two runs with the same name, seed and order. With runs of single and
+    joint among them, transfer and intransigence are there too.
+
+    \b
+    Example:
+      hub continual compare runs/* --reference seq
+    """
+    from graftory.continual import load_report
+    from graftory.continual.compare import difference_rows, mean_rows, paired_differences
+
+    reports = [load_report(folder) for folder in folders]
+    differences = paired_differences(reports, reference)
+    means = mean_rows(reports)
+    if as_json:
+        print_json({"runs": means, "differences": list(differences)})
+        return
+    for rows in (means, difference_rows(differences)):
+        if rows:
+            print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+            click.echo()
+
+
+@command.command("status")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@json_option
+def status(folder: Path, as_json: bool) -> None:
+    """Say how far a run is. To go on with it, start it again.
+
+    \b
+    Example:
+      hub continual status runs/seq
+    """
+    from graftory.continual.state import RunFolder
+    from graftory.errors import DataError
+
+    state = RunFolder(folder)
+    commits, events = state.commits(), state.events()
+    if not events:
+        raise DataError(f"{folder} holds no run; give the folder of one")
+    if as_json:
+        print_json({"learnt": commits, "last": events[-1]})
+        return
+    columns = ("step", "task", "adapter", "stored, kB")
+    print_table(columns, [(str(c.step), c.task, c.ref, f"{sum(c.stored.values()) / 1000:.1f}") for c in commits])
+    last = events[-1]
+    click.echo(f"last event: step {last.step}, {last.task}: {last.phase}, {last.time}")
+
+
+def with_parameters(parameters: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Parameters of a strategy with those of the command line, each `KEY=VALUE` or `PLUGIN.KEY=VALUE`, as YAML reads
+    the value.
+
+    Raises:
+        ConfigError: If one has another form.
+    """
+    import yaml
+
+    from graftory.errors import ConfigError
+
+    changed: dict[str, Any] = dict(parameters)
+    for text in changes:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--param: got {text!r}, wanted KEY=VALUE")
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--param {key}: cannot read the value {value!r}") from None
+        owner, dot, inner = key.partition(".")
+        inside = changed.get(owner)
+        changed[owner] = {**(inside if isinstance(inside, dict) else {}), inner: read} if dot else read
+    return changed
 
 
 def announce(event: Event, total: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from graftory.adapter import TASK_SOURCE
+from graftory.commands.export_formats import FORMATS
 from graftory.commands.output import json_option, print_json, working
 from graftory.commands.texts import texts_of
 from graftory.data import Text, load_rows, load_task
@@ -33,6 +34,14 @@ TOLERANCE = 1e-3
 @click.command("export")
 @click.argument("ref")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["model", *FORMATS]),
+    default="model",
+    show_default=True,
+    help="What is written: one plain model, or the adapter alone in the files of another library.",
+)
 @click.option("--base", help="The base model. [default: the recorded one]")
 @click.option("--head", metavar="REF", help="Adapter to take task and head from, where REF is merged and has none.")
 @click.option(
@@ -48,13 +57,14 @@ def command(
     registry: str | None,
     ref: str,
     folder: Path,
+    form: str,
     base: str | None,
     head: str | None,
     file: Path | None,
     rows: int,
     as_json: bool,
 ) -> None:
-    """Fold an adapter into its base and save one plain model.
+    """Fold an adapter into its base and save one plain model, or write its files for another library.
 
     The saved model is loaded again with plain transformers and its logits are compared with those of
     base + adapter on real inputs; the largest difference is printed, and above 1e-3 nothing is kept.
@@ -63,6 +73,7 @@ def command(
     Example:
       hub export trec@1 trec-model
       hub export trec@1 trec-model --input questions.txt --json
+      hub export trec@1 trec-adapter --format adapterhub
     """
     from graftory.adapters import attach
     from graftory.compose import export, save_export, verify_export
@@ -75,6 +86,13 @@ def command(
     meaning = hub.record(head) if head else record
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder; give a new one")
+    if form in FORMATS:
+        written = FORMATS[form](hub, record, folder, base or record.spec.base.id)
+        if as_json:
+            print_json({"folder": str(written), "format": form})
+        else:
+            click.echo(f"wrote {record.ref} to {written}, for {form}")
+        return
     if meaning.spec.task is None:
         raise ConfigError(f"{record.ref} has no task of its own; pass --head with the adapter whose task is meant")
     inputs = inputs_to_compare(meaning, file, rows)

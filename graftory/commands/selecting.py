@@ -158,19 +158,13 @@ class Chooser:
         return score
 
 
-def recorded_inputs(adapters: Sequence[Adapter], examples: str, seed: int) -> list[dict[str, Tensor]]:
-    """What each adapter reads at its sites, for a hundred examples."""
-    from graftory.compose import record_inputs
-    from graftory.compose.select import example_texts
-    from graftory.training import load_base
+def recorded_inputs(adapters: Sequence[Adapter], examples: str | None, seed: int) -> list[dict[str, Tensor]]:
+    """What each adapter reads at its sites, for a hundred examples, or for as many of its own task's."""
+    from graftory.compose.record import record_examples
 
-    given = given_settings(SelectSettings)
-    texts = example_texts(examples, SelectSettings(**given).per_domain, seed=seed)
-    first = adapters[0].spec
-    with working(f"loading {first.base.id}"):
-        loaded = load_base(first.base.id, first.task.kind if first.task else "classification")
-    with working(f"recording what {len(adapters)} adapters read of {len(texts)} examples"):
-        return [record_inputs(loaded, adapter, texts) for adapter in adapters]
+    limit = SelectSettings(**given_settings(SelectSettings)).per_domain
+    with working(f"recording what {len(adapters)} adapters read of {examples or 'their own tasks'}"):
+        return record_examples(adapters, examples, limit=limit, seed=seed)
 
 
 def print_selection(selection: Selection, hub: Hub, ref: AdapterRef, as_json: bool) -> None:

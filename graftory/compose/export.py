@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,7 +15,15 @@ from graftory.adapter import Adapter, TaskInfo
 from graftory.adapters import AdaptedModel, base_of, is_adapted
 from graftory.adapters.architectures import is_linear, module_at
 from graftory.compose.card import save_export
-from graftory.config import AdapterConfig, HyperformerConfig, LoraConfig, NormedBottleneckConfig, SmopConfig
+from graftory.compose.folding import FOLDS, Linear
+from graftory.config import (
+    AdapterConfig,
+    HyperformerConfig,
+    NormedBottleneckConfig,
+    PrefixConfig,
+    PromptConfig,
+    SmopConfig,
+)
 from graftory.errors import BaseMismatchError, MergeError, ShapeError
 
 if TYPE_CHECKING:
@@ -24,6 +33,8 @@ __all__ = ["ExportCheck", "export", "save_export", "verify_export"]
 
 _OBSTACLES: Mapping[type[AdapterConfig], str] = {
     SmopConfig: "is a prompt in the input",
+    PromptConfig: "is a prompt in the input",
+    PrefixConfig: "is keys and values in front of the text's",
     HyperformerConfig: "makes adapters (take one task's with hub compose export-task)",
     NormedBottleneckConfig: "has a non-linearity and a norm",
 }
@@ -41,13 +52,13 @@ class ExportCheck:
 
 
 def export(model: PreTrainedModel, adapter: Adapter, *, head: Adapter | None = None) -> PreTrainedModel:
-    """Return a copy of the model that needs no adapter: W <- W + s B A at every site, the task's head put in.
+    """Return a copy of the model that needs no adapter: its weights changed at every site, the task's head put in.
 
     The model itself stays as it is. The copy is an ordinary transformers model of the same class.
 
     Args:
         model: The plain base model (detach adapters first).
-        adapter: A LoRA adapter of that base.
+        adapter: An adapter of that base, of a method that changes weights: lora, dora, ia3, bitfit.
         head: An adapter to take task and head from, where `adapter` is merged and has none.
 
     Raises:
@@ -58,7 +69,8 @@ def export(model: PreTrainedModel, adapter: Adapter, *, head: Adapter | None = N
         raise MergeError("got a model with adapters attached, wanted the plain base; call detach() first")
     _check_bases(model, [adapter] if head is None else [adapter, head])
     config = adapter.spec.config
-    if not isinstance(config, LoraConfig):
+    fold = FOLDS.get(type(config))
+    if fold is None:
         raise MergeError(
             f"a {config.method} adapter {_OBSTACLES.get(type(config), 'has a non-linearity')}, so no weight of the "
             "base can hold it; export a lora adapter, or serve this one with attach()"
@@ -66,8 +78,7 @@ def export(model: PreTrainedModel, adapter: Adapter, *, head: Adapter | None = N
     plain = copy.deepcopy(model)
     names = _names_by_parameter(plain)
     for path in config.targets:
-        a, b = adapter.tensors[f"{path}.lora_A.weight"], adapter.tensors[f"{path}.lora_B.weight"]
-        _fold(plain, path, config.scale_of(path) * (b.double() @ a.double()), names)
+        _put(plain, path, partial(fold, adapter, path), names)
     source = head or adapter
     if source.spec.task is not None:
         _put_head(plain, source.spec.task, source.head_tensors())
@@ -143,25 +154,34 @@ def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _fold(model: PreTrainedModel, path: str, delta: Tensor, names: Mapping[int, list[str]]) -> None:
-    """Add delta [d_out, d_in] to one module's weight, in fp64 and rounded once."""
+def _put(model: PreTrainedModel, path: str, fold: Callable[[Linear], Linear], names: Mapping[int, list[str]]) -> None:
+    """Change one module's weight and bias, in fp64 and rounded once."""
     found, module = module_at(model, path)
-    if not is_linear(module):
-        raise MergeError(f"{path} is a {type(module).__name__}, wanted Linear or Conv1D; it cannot hold a lora update")
-    weight = cast(nn.Parameter, module.weight)
-    shared = [name for name in names[id(weight)] if name != f"{found}.weight"]
-    if shared:
-        raise MergeError(
-            f"{path} shares its weight with {shared[0]}, so folding would change both; train an adapter without "
-            "this target, or serve this one with attach()"
-        )
+    if not (is_linear(module) or isinstance(module, nn.LayerNorm)):
+        raise MergeError(f"{path} is a {type(module).__name__}, wanted Linear or Conv1D; it cannot hold an update")
+    weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
     if not weight.is_floating_point():
         raise MergeError(f"{path} holds {weight.dtype}, wanted floating-point weights; load the base unquantised")
-    update = delta if isinstance(module, nn.Linear) else delta.T
-    if update.shape != weight.shape:
-        raise ShapeError(f"{path}: an update of {tuple(update.shape)} for a weight of {tuple(weight.shape)}")
+    transposed = is_linear(module) and not isinstance(module, nn.Linear)
     with torch.no_grad():
-        weight.copy_(weight.double() + update.to(weight.device))
+        old = Linear((weight.T if transposed else weight).double(), None if bias is None else bias.double())
+        new = fold(old)
+        if new.weight is not old.weight:
+            _check_own(path, f"{found}.weight", names[id(weight)])
+            weight.copy_(new.weight.T if transposed else new.weight)
+        if bias is not None and new.bias is not None and new.bias is not old.bias:
+            _check_own(path, f"{found}.bias", names[id(bias)])
+            bias.copy_(new.bias)
+
+
+def _check_own(path: str, name: str, names: Sequence[str]) -> None:
+    """Check that a parameter is one module's alone."""
+    shared = [other for other in names if other != name]
+    if shared:
+        raise MergeError(
+            f"{path} shares its {name.rpartition('.')[2]} with {shared[0]}, so folding would change both; train an "
+            "adapter without this target, or serve this one with attach()"
+        )
 
 
 def _put_head(model: PreTrainedModel, task: TaskInfo, tensors: Mapping[str, Tensor]) -> None:

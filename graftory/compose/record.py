@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from graftory.adapter import Adapter, TaskInfo, TaskKind
+from graftory.adapter import TASK_SOURCE, Adapter, TaskInfo, TaskKind
 from graftory.adapters import AdaptedModel
 from graftory.adapters.site import shown
+from graftory.compose.select.domains import example_texts
 from graftory.data import Text
-from graftory.training import LoadedBase
+from graftory.errors import ConfigError
+from graftory.training import LoadedBase, load_base
 from graftory.training.encode import Collator, Example, encode
 from graftory.training.losses import model_inputs
 
@@ -54,6 +56,35 @@ def record_inputs(
     finally:
         adapted.detach()
     return {path: _spread(torch.cat(parts)) for path, parts in recorder.parts.items()}
+
+
+def record_examples(
+    adapters: Sequence[Adapter], examples: str | None, *, limit: int = 100, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """What each adapter reads at its sites, for the same examples or each for its own; it loads their base.
+
+    Args:
+        adapters: All of one base.
+        examples: A `.txt` with one a line, or a task; None for training texts of the task that each record names.
+        limit: At most so many of each.
+        seed: Which.
+
+    Raises:
+        DataError: If they cannot be read.
+        ConfigError: If none are given and a record names no task.
+    """
+    sources = [examples or _own_task(adapter, number) for number, adapter in enumerate(adapters)]
+    texts = {source: example_texts(source, limit, seed=seed) for source in sources}
+    first = adapters[0].spec
+    loaded = load_base(first.base.id, first.task.kind if first.task else "classification")
+    return [record_inputs(loaded, adapter, texts[source]) for adapter, source in zip(adapters, sources, strict=True)]
+
+
+def _own_task(adapter: Adapter, number: int) -> str:
+    source = adapter.spec.lineage.parameters.get(TASK_SOURCE)
+    if not isinstance(source, str):
+        raise ConfigError(f"adapter {number + 1}: its record names no task to take examples of; give --examples")
+    return source
 
 
 def _encoded(loaded: LoadedBase, kind: TaskKind, text: Text, max_length: int) -> Example:

@@ -1,17 +1,22 @@
 """Tasks one after another: sequences, strategies, the runner, the router, metrics and reports."""
 
+from graftory.continual.compare import Difference, paired_differences
 from graftory.continual.metrics import Summary, summarise
-from graftory.continual.report import Report, Routing, TaskResult, compare_runs, load_report
+from graftory.continual.report import Report, Routing, TaskResult, load_report
+from graftory.continual.report_text import compare_runs
 from graftory.continual.router import Router, RouterSettings
 from graftory.continual.runner import run_sequence
 from graftory.continual.sequence import Limits, TaskSequence, load_sequence
 from graftory.continual.state import Event
-from graftory.continual.strategies import STRATEGIES, Strategy
+from graftory.continual.strategies import PLUGINS, STRATEGIES, Plugin, Strategy, strategy_of
 
 __all__ = [
+    "PLUGINS",
     "STRATEGIES",
+    "Difference",
     "Event",
     "Limits",
+    "Plugin",
     "Report",
     "Router",
     "RouterSettings",
@@ -23,6 +28,8 @@ __all__ = [
     "compare_runs",
     "load_report",
     "load_sequence",
+    "paired_differences",
     "run_sequence",
+    "strategy_of",
     "summarise",
 ]

@@ -5,33 +5,37 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from graftory.adapter import TASK_SOURCE, Adapter, Metric, check_name
 from graftory.adapters import new_adapter
-from graftory.continual.evaluation import TestSet, oracle_cell, routed_cell
+from graftory.adapters.smop import smop_config
+from graftory.config import SmopConfig
+from graftory.continual.capability import check_capability, check_labels
+from graftory.continual.evaluation import TestSet, oracle_cell
 from graftory.continual.freeze import must_stay
-from graftory.continual.report import Report, make_report, write_report
-from graftory.continual.router import Router, check_names
-from graftory.continual.router_file import load_router, save_router
+from graftory.continual.ledger import stored_bytes
+from graftory.continual.measuring import Measuring
+from graftory.continual.report import Report, make_report
+from graftory.continual.report_files import write_report
+from graftory.continual.router import check_names
+from graftory.continual.router_fit import fit_router
 from graftory.continual.sequence import TaskSequence
-from graftory.continual.state import Cell, Commit, Event, Phase, RunFolder
-from graftory.continual.strategies import Answer, Context, Plan, Step, Strategy, strategy_of
+from graftory.continual.state import Commit, Event, Phase, RunFolder
+from graftory.continual.strategies import NOTHING, Context, Kept, Lesson, Plan, Step, Strategy, strategy_of
 from graftory.data import Rows, TaskFile, load_rows, load_task
 from graftory.errors import ConfigError, CorruptAdapterError
 from graftory.hub import Hub
 from graftory.schema import decode
-from graftory.training import LoadedBase, TrainSettings, load_base, train
-from graftory.training.features import features_of
+from graftory.training import LoadedBase, TrainSettings, load_base
+from graftory.training.company import Learnt
+from graftory.training.train import train_in_company
 
 Progress = Callable[[Event], None]
-_HELD_OUT = 5
-"""Every fifth row of what the router looks at is kept apart, for its bound."""
 _SCORES = ("accuracy", "f1", "matthews", "pearson", "spearman", "exact_match")
 """Metrics where more is better and 1 is best, so that the matrix can be read and averaged."""
 _FAMILIES = {"classification": "classification", "regression": "classification"}
@@ -71,12 +75,12 @@ class _Run:
     hub: Hub
     folder: RunFolder
     progress: Progress | None
-    features: dict[int, Tensor] = field(default_factory=dict)
-    """Features of the test rows, by position."""
 
     @cached_property
     def strategy(self) -> Strategy:
-        return strategy_of(self.sequence.strategy)
+        strategy = strategy_of(self.sequence.strategy, self.sequence.parameters)
+        check_capability(self.sequence, strategy.needs)
+        return strategy
 
     @cached_property
     def tasks(self) -> tuple[TaskFile, ...]:
@@ -106,25 +110,40 @@ class _Run:
     @cached_property
     def untrained(self) -> dict[str, Adapter]:
         config, loaded = self.sequence.config(), self.loaded
+        if isinstance(config, SmopConfig):
+            config = smop_config(loaded.model, config)
         return {
             _slug(test.task): new_adapter(loaded.model, config, task=test.rows.info(test.task), base=loaded.base)
             for test in self.tests
         }
 
+    @cached_property
+    def measuring(self) -> Measuring:
+        return Measuring(self.loaded, self.tests, self.strategy, self.folder, self.sequence.eval_batch_size)
+
     def all(self) -> Report:
         _ = self.strategy, self.tasks, self._settings("")  # all that can be wrong is wrong before training
-        self.folder.open(self.sequence)
         commits = self.folder.commits()
         if len(commits) < len(self.tasks):
-            done = tuple(self._restored(commit) for commit in commits)
-            self._baselines(done)
-            for number in range(1, len(done) + 1):  # tasks appended since then
-                self._fill(number, done[:number])
-            for position in range(len(commits), len(self.tasks)):
-                done = (*done, self._step(position, done))
-        report = make_report(self.sequence, self.strategy, [_slug(task) for task in self.tasks], self.folder)
+            check_labels(self.sequence.scenario, [test.rows.info(test.task) for test in self.tests])
+        self.folder.open(self.sequence)
+        if len(commits) < len(self.tasks):
+            self._learn(commits)
+        tasks = [_slug(task) for task in self.tasks]
+        report = make_report(self.sequence, self.strategy, tasks, self.folder)
         write_report(report, self.folder.root)
         return report
+
+    def _learn(self, commits: list[Commit]) -> None:
+        done = tuple(self._restored(commit) for commit in commits)
+        self._baselines()
+        kept = NOTHING
+        for number, commit in enumerate(commits, 1):
+            kept = self.folder.kept(commit)
+            self.measuring.fill(number, self._context(done[:number], kept))  # tasks appended since then
+        for position in range(len(commits), len(self.tasks)):
+            step, kept = self._step(position, done, kept)
+            done = (*done, step)
 
     def _restored(self, commit: Commit) -> Step:
         record = self.hub.record(commit.ref)
@@ -134,114 +153,92 @@ class _Run:
             )
         return Step(commit.task, commit.ref, commit.digest, self.hub.get(commit.ref))
 
-    def _baselines(self, done: tuple[Step, ...]) -> None:
+    def _baselines(self) -> None:
         """b_j: the bare base with an untrained head, measured once."""
-        context = replace(self._context(done), done=())
+        context = self._context((), NOTHING)
         missing = [j for j in range(len(self.tests)) if self.folder.cell(0, j, "oracle") is None]
         for j in missing:
             self._begin(0, _slug(self.tests[j].task), "eval")
             answer = self.strategy.answer(context, _slug(self.tests[j].task))
             self.folder.put_cell(oracle_cell(self.loaded, 0, j, self.tests[j], answer, self.sequence.eval_batch_size))
 
-    def _step(self, position: int, done: tuple[Step, ...]) -> Step:
+    def _step(self, position: int, done: tuple[Step, ...], kept: Kept) -> tuple[Step, Kept]:
         number, task = position + 1, self.tasks[position]
         name = _slug(task)
-        self._begin(number, name, "prepare")
-        rows = load_rows(task, "train", limit=self.sequence.limits.train, seed=self.sequence.seed)
-        plan = self.strategy.before_task(self._context(done), name)
         old = {step.ref: step.adapter.tensors for step in done}
         with must_stay(self.loaded.model, old) as frozen:
+            self._begin(number, name, "prepare")
+            lesson = self._lesson(task, self._context(done, kept))
+            plan = self.strategy.prepare(lesson)
             self._begin(number, name, "train")
-            adapter = self._trained(number, task, rows, plan)
+            learnt = self._trained(lesson, plan)
             self._begin(number, name, "consolidate")
-            router = self._router(name, rows)
+            finished = self.strategy.finish(lesson, learnt)
+            kept_hash = self.folder.put_kept(number, finished.kept)
+            path = self.folder.router
+            routed = self.strategy.routable
+            router = fit_router(self.sequence, self.loaded, path, name, lesson.rows) if routed else None
             self._begin(number, name, "eval")
-            seen = (*done, Step(name, f"{plan.name} (in progress)", "", adapter))
-            own = self._measure(number, seen, router)
+            seen = (*done, Step(name, f"{plan.name} (in progress)", "", finished.adapter))
+            context = self._context(seen, finished.kept)
+            own = self.measuring.row(number, context, router)
         self._begin(number, name, "commit")
         metric = Metric(own.metric, own.value if own.value is not None else 0.0, name, "test", own.n)
-        adapter = Adapter(replace(adapter.spec, metrics=(metric,)), adapter.tensors)
+        adapter = replace(finished.adapter, spec=replace(finished.adapter.spec, metrics=(metric,)))
         ref = str(self.hub.put(plan.name, adapter))
         digest = self.hub.record(ref).digest
-        self.folder.commit(Commit(number, name, ref, digest, frozen, len(rows), own.n))
+        stored = stored_bytes(self.strategy, context, path if routed else None)
+        self.folder.commit(Commit(number, name, ref, digest, frozen, len(lesson.rows), own.n, kept_hash, stored))
         shutil.rmtree(self.folder.work(number), ignore_errors=True)
-        return Step(name, ref, digest, adapter)
+        return Step(name, ref, digest, adapter), finished.kept
 
-    def _trained(self, number: int, task: TaskFile, rows: Rows, plan: Plan) -> Adapter:
-        settings = self._settings(_slug(task))
-        adapter = train(
-            self.loaded,
-            task,
-            rows,
-            plan.start.spec.config,
-            settings,
-            name=plan.name,
-            output_dir=self.folder.work(number),
-            init=plan.start,
+    def _lesson(self, task: TaskFile, context: Context) -> Lesson:
+        name = _slug(task)
+        by_name = {_slug(each): each for each in self.tasks}
+        limit, seed = self.sequence.limits.train, self.sequence.seed
+
+        def read(other: str) -> tuple[TaskFile, Rows]:
+            return by_name[other], load_rows(by_name[other], "train", limit=limit, seed=seed)
+
+        return Lesson(
+            context=context,
+            name=name,
+            task=task,
+            rows=read(name)[1],
+            loaded=self.loaded,
+            batch_size=self.sequence.eval_batch_size,
+            seed_of=lambda phase: self.sequence.seed_of(name, phase),
+            read=read,
         )
-        made = adapter.spec.lineage
-        parameters = {**made.parameters, "run": self.sequence.name, "step": number, "strategy": self.strategy.name}
-        parameters[TASK_SOURCE] = self.sequence.tasks[number - 1]
+
+    def _trained(self, lesson: Lesson, plan: Plan) -> Learnt:
+        learnt = train_in_company(
+            self.loaded,
+            lesson.task,
+            lesson.rows,
+            plan.start.spec.config,
+            self._settings(lesson.name),
+            name=plan.name,
+            output_dir=self.folder.work(lesson.number),
+            init=plan.start,
+            hooks=plan.hooks,
+            company=plan.company,
+        )
+        made = learnt.adapter.spec.lineage
+        own = {"run": self.sequence.name, "step": lesson.number, "strategy": self.sequence.strategy}
+        parameters = {**made.parameters, **own, TASK_SOURCE: self.sequence.tasks[lesson.number - 1]}
         lineage = replace(made, process="continual", parents=plan.parents, parameters=parameters)
-        return Adapter(replace(adapter.spec, lineage=lineage), adapter.tensors)
+        adapter = replace(learnt.adapter, spec=replace(learnt.adapter.spec, lineage=lineage))
+        return replace(learnt, adapter=adapter)
 
     def _settings(self, task: str) -> TrainSettings:
         if "seed" in self.sequence.train:
             raise ConfigError("train.seed: the seeds of all tasks follow from the sequence's own 'seed'; set that")
         return decode(TrainSettings, {**self.sequence.train, "seed": self.sequence.seed_of(task, "train")}, "train")
 
-    def _router(self, name: str, rows: Rows) -> Router | None:
-        """The router with this task added; from the folder if that was done before the run was stopped."""
-        if not self.strategy.routable:
-            return None
-        path = self.folder.router
-        router = load_router(path) if path.exists() else Router(self.sequence.router)
-        if name in router.names:
-            return router
-        limit = self.sequence.limits.router
-        some = rows if limit is None else rows.subsample(limit, self.sequence.seed_of(name, "router"))
-        features = features_of(self.loaded, some.texts, batch_size=self.sequence.eval_batch_size)
-        held_out = [i for i in range(len(some)) if i % _HELD_OUT == _HELD_OUT - 1]
-        fitted = [i for i in range(len(some)) if i % _HELD_OUT != _HELD_OUT - 1]
-        router = router.add(name, features[fitted], features[held_out])
-        save_router(router, path)
-        return router
-
-    def _measure(self, number: int, seen: tuple[Step, ...], router: Router | None) -> Cell:
-        """Measure row `number` of the matrix; returns the cell of the task just learnt."""
-        answers = self._fill(number, seen)
-        for j in range(number):
-            if router is not None and self.folder.cell(number, j, "routed") is None:
-                features, size = self._test_features(j), self.sequence.eval_batch_size
-                self.folder.put_cell(routed_cell(self.loaded, number, j, self.tests, answers, router, features, size))
-        own = self.folder.cell(number, number - 1, "oracle")
-        assert own is not None
-        return own
-
-    def _test_features(self, position: int) -> Tensor:
-        if position not in self.features:
-            texts = self.tests[position].rows.texts
-            self.features[position] = features_of(self.loaded, texts, batch_size=self.sequence.eval_batch_size)
-        return self.features[position]
-
-    def _fill(self, number: int, seen: tuple[Step, ...]) -> dict[str, Answer]:
-        """Measure what is missing of a row with the id given; returns what answers each task."""
-        context = self._context(seen)
-        answers = {name: self.strategy.answer(context, name) for name in context.tasks}
-        for j, answer in enumerate(answers.values()):
-            if self.folder.cell(number, j, "oracle") is None:
-                self.folder.put_cell(self._oracle(number, j, answer))
-        return answers
-
-    def _oracle(self, number: int, position: int, answer: Answer) -> Cell:
-        """A task measured with its id given; a task that no adapter answers yet keeps its untrained value."""
-        before = self.folder.cell(0, position, "oracle")
-        if answer.body is None and before is not None:
-            return replace(before, step=number, copied=True)
-        return oracle_cell(self.loaded, number, position, self.tests[position], answer, self.sequence.eval_batch_size)
-
-    def _context(self, done: tuple[Step, ...]) -> Context:
-        return Context(self.sequence.name, tuple(_slug(task) for task in self.tasks), self.untrained, done)
+    def _context(self, done: tuple[Step, ...], kept: Kept) -> Context:
+        names = tuple(_slug(task) for task in self.tasks)
+        return Context(self.sequence.name, names, self.untrained, done, self.sequence.scenario, kept)
 
     def _begin(self, step: int, task: str, phase: Phase) -> None:
         event = self.folder.log(Event(step, task, phase))

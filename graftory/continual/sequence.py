@@ -13,6 +13,7 @@ import yaml
 from graftory.adapter import check_name
 from graftory.config import CONFIGS, AdapterConfig
 from graftory.continual.router import RouterSettings
+from graftory.continual.strategies.base import Scenario
 from graftory.errors import ConfigError
 from graftory.schema import decode
 
@@ -39,6 +40,12 @@ class TaskSequence:
     tasks: tuple[str, ...]
     """Task files (relative to the sequence's file) or `wheel:NAME`, in order."""
     strategy: str = "isolated"
+    """A row of `STRATEGIES`, or plugins joined by `+`."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters of the strategy; where plugins are joined, a mapping for each by its name."""
+    scenario: Scenario = "task"
+    store_data: bool = True
+    """Whether rows of earlier tasks may be kept, or read again; if not, strategies that do are refused."""
     method: str = "lora"
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method: rank, alpha, placement, targets, ..."""

@@ -4,6 +4,7 @@ sequence.json         the sequence; a run goes on only with the same one (tasks 
 events.jsonl          append-only log of phases
 steps/001.json        a committed step: task, reference, digest; written last of all
 cells/001-002-oracle.json   R[1][2]: after step 1, on task 2; step 0 is before any training
+kept/001.safetensors  what the strategy kept at a step: a basis, importances, samples
 router.safetensors    the router over the committed tasks and the one in progress
 work/                 checkpoints of the task in progress; deleted at its commit
 """
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from graftory.continual.files import append_event, read_events, read_json, write_json
+from graftory.continual.kept_file import load_kept, save_kept
 from graftory.continual.sequence import TaskSequence
+from graftory.continual.strategies.base import Kept
 from graftory.errors import ConfigError
 from graftory.schema import Json, decode, encode
 
@@ -66,6 +69,10 @@ class Commit:
     """sha256 over all tensors that had to stay as they were while this step learnt."""
     train_rows: int
     test_rows: int
+    kept: str = ""
+    """sha256 over what the strategy kept; empty if that is nothing."""
+    stored: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that answering and going on need after this step, by what they are."""
 
 
 class RunFolder:
@@ -126,6 +133,18 @@ class RunFolder:
         write_json(self._cell_path(cell.step, cell.task, cell.way), cell)
         return cell
 
+    def put_kept(self, step: int, kept: Kept) -> str:
+        """Keep what a strategy keeps at a step; returns its hash."""
+        return save_kept(kept, self._kept_path(step))
+
+    def kept(self, commit: Commit) -> Kept:
+        """What a strategy kept at a committed step.
+
+        Raises:
+            CorruptAdapterError: If it is not what was kept then.
+        """
+        return load_kept(self._kept_path(commit.step), commit.kept)
+
     @property
     def router(self) -> Path:
         """The router's file."""
@@ -134,6 +153,9 @@ class RunFolder:
     def work(self, step: int) -> Path:
         """The checkpoints of a step."""
         return self.root / "work" / f"{step:03}"
+
+    def _kept_path(self, step: int) -> Path:
+        return self.root / "kept" / f"{step:03}.safetensors"
 
     def _cell_path(self, step: int, task: int, way: Way) -> Path:
         return self.root / "cells" / f"{step:03}-{task:03}-{way}.json"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graftory.continual.heatmap import Panel, draw_heatmaps
-from graftory.continual.report import Report, percent, points
+from graftory.continual.report import Report
+from graftory.continual.report_text import percent, points
 from graftory.demo import plan
 from graftory.schema import Json, decode
 

@@ -14,6 +14,7 @@ from graftory.adapter import AdapterSpec
 from graftory.config import (
     AdapterConfig,
     BottleneckConfig,
+    DoraConfig,
     FusionConfig,
     HyperformerConfig,
     LoraConfig,
@@ -150,7 +151,7 @@ def _needs(spec: AdapterSpec, found: Mapping[str, Shape]) -> Iterator[_Need]:
 
 def _lora_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Iterator[_Need]:
     for path in config.targets:
-        down, up = (_matrix(found, f"{path}.{part}") for part in LoraConfig.parts)
+        down, up = (_matrix(found, f"{path}.{part}") for part in LoraConfig.parts)  # DoRA's first two as well
         yield _Need(path, (down[1], up[0]))
 
 
@@ -174,6 +175,7 @@ def _hyper_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Iterator[
 
 _NEEDS: Mapping[type[AdapterConfig], Callable[[AdapterConfig, Mapping[str, Shape]], Iterator[_Need]]] = {
     LoraConfig: _lora_needs,
+    DoraConfig: _lora_needs,
     BottleneckConfig: _bottleneck_needs,
     NormedBottleneckConfig: _bottleneck_needs,
     HyperformerConfig: _hyper_needs,

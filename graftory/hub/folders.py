@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
-from graftory.adapter import AdapterSpec, BaseModel, spec_from_json, spec_to_json
+from graftory.adapter import Adapter, AdapterSpec, BaseModel, spec_from_json, spec_to_json
 from graftory.errors import ConfigError, CorruptAdapterError, VersionConflictError
 from graftory.hub import strict_json
 from graftory.hub.codecs import codec_of, codec_of_folder
@@ -27,7 +27,7 @@ def read_folder(folder: Path, name: str, base: BaseModel | None) -> tuple[Adapte
     """The specification and the files of an adapter in a folder.
 
     Args:
-        folder: PEFT's two files or ours, with or without `graftory.json`.
+        folder: PEFT's two files or ours, with or without `graftory.json`, or AdapterHub's, which become one of these.
         name: Name of the adapter, for what an import cannot know.
         base: The base model where the caller knows it better; what it leaves out is filled from the
             files if they name the same model.
@@ -37,6 +37,10 @@ def read_folder(folder: Path, name: str, base: BaseModel | None) -> tuple[Adapte
         CorruptAdapterError: If a file is missing, breaks its format, or is a pipe, a device or a link to elsewhere.
         UnsupportedAdapterError: If the adapter uses something graftory does not do.
     """
+    theirs = _adapterhub(folder, name)
+    if theirs is not None:
+        spec = theirs.spec if base is None else replace(theirs.spec, base=_fill(base, theirs.spec.base))
+        return spec, codec_of(spec).encode(theirs)
     codec = codec_of_folder(folder)
     files = {file: _read(folder, file) for file in codec.file_names}
     sidecar = folder / SIDECAR
@@ -49,6 +53,20 @@ def read_folder(folder: Path, name: str, base: BaseModel | None) -> tuple[Adapte
     else:
         spec = codec.imported_spec(files, name)
     return (replace(spec, base=_fill(base, spec.base)) if base is not None else spec), files
+
+
+def _adapterhub(folder: Path, name: str) -> Adapter | None:
+    """The adapter in a folder as AdapterHub writes it; None if it is another folder."""
+    from graftory.hub.adapterhub import file_names_in, read
+
+    try:
+        found = {path.name for path in folder.iterdir()}
+    except OSError:  # the codecs say what is wrong with it
+        return None
+    names = file_names_in(found)
+    if not names or SIDECAR in found:
+        return None
+    return read({file: _read(folder, file) for file in names}, name)
 
 
 def _read(folder: Path, name: str) -> bytes:

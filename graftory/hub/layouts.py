@@ -8,7 +8,7 @@ from pathlib import Path
 
 from graftory.config import LoraConfig
 from graftory.errors import ConfigError, UnsupportedAdapterError
-from graftory.hub.codecs.peft import CONFIG, WEIGHTS
+from graftory.hub.codecs.peft import CONFIG, WEIGHTS, WRITES
 from graftory.hub.folders import place
 from graftory.hub.records import Record
 from graftory.hub.safetensors_header import Bytes
@@ -45,7 +45,7 @@ def write_layout(
 
 def _peft(record: Record, files: Mapping[str, memoryview], served_base: str | None) -> dict[str, Bytes]:
     """PEFT's two files; byte for byte unless the base is called something else."""
-    if not isinstance(record.spec.config, LoraConfig):
+    if type(record.spec.config) not in WRITES:
         raise UnsupportedAdapterError(
             f"{record.ref}: PEFT has no {record.spec.method} adapters; use it with graftory.attach"
         )

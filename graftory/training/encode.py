@@ -19,6 +19,9 @@ Example = dict[str, Any]
 IGNORED = -100
 """Label of positions that count in no loss."""
 
+TASK_NUMBER = "task_number"
+"""Part of the rows of a batch that mixes tasks: which of them a row is of. Models are not shown it."""
+
 _PADDING: Mapping[str, int] = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 

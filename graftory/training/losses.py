@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,6 +34,25 @@ def row_losses(kind: TaskKind, logits: Tensor, labels: Tensor) -> RowLosses:
         labels: [rows]; or [rows, length] with -100 where nothing is to be predicted.
     """
     return _LOSSES[kind](logits, labels)
+
+
+def mixed_losses(kinds: Sequence[TaskKind], logits: Tensor, labels: Tensor) -> RowLosses:
+    """The losses of a batch whose rows are of several tasks.
+
+    Args:
+        kinds: Kind of task of each row, or one for all.
+        logits: As in `row_losses`.
+        labels: As in `row_losses`; where classes and numbers are mixed, all are floats.
+    """
+    if len(set(kinds)) == 1:
+        return row_losses(kinds[0], logits, labels)
+    total, count = logits.new_zeros(len(logits), dtype=torch.float32), labels.new_zeros(len(labels)).long()
+    for kind in dict.fromkeys(kinds):
+        rows = torch.tensor([number for number, other in enumerate(kinds) if other == kind], device=logits.device)
+        own = labels[rows].long() if kind == "classification" else labels[rows]
+        part = row_losses(kind, logits[rows], own)
+        total, count = total.index_copy(0, rows, part.total), count.index_copy(0, rows, part.count)
+    return RowLosses(total, count)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> RowLosses:

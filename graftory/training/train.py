@@ -22,7 +22,8 @@ from graftory.schema import Json, canonical
 from graftory.schema import encode as to_json
 from graftory.settings import Optimizer, TrainSettings
 from graftory.training.base import LoadedBase
-from graftory.training.encode import Collator, encode
+from graftory.training.company import ALONE, Company, Learnt, encoded
+from graftory.training.encode import Collator
 from graftory.training.progress import TrainingProgress
 from graftory.training.trainer import NO_HOOKS, AdapterTrainer, Hooks, last_checkpoint
 from graftory.versions import library_versions
@@ -45,6 +46,30 @@ def train(
     hooks: Hooks = NO_HOOKS,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Adapter:
+    """Train a fresh adapter, or go on with `init`, on the rows of a task: `train_in_company` without company.
+
+    The arguments and errors are described there.
+    """
+    return train_in_company(
+        loaded, task, rows, config, settings,
+        name=name, output_dir=output_dir, init=init, hooks=hooks, callbacks=callbacks,
+    ).adapter  # fmt: skip
+
+
+def train_in_company(
+    loaded: LoadedBase,
+    task: TaskFile,
+    rows: Rows,
+    config: AdapterConfig,
+    settings: TrainSettings,
+    *,
+    name: str,
+    output_dir: str | Path | None = None,
+    init: Adapter | None = None,
+    hooks: Hooks = NO_HOOKS,
+    callbacks: Sequence[TrainerCallback] = (),
+    company: Company = ALONE,
+) -> Learnt:
     """Train a fresh adapter, or go on with `init`, on the rows of a task. The base comes out as it went in.
 
     Args:
@@ -58,34 +83,51 @@ def train(
         init: Adapter to go on from. Its head is kept if it was trained for the same labels, else it starts fresh.
         hooks: Loss terms and gradient hooks of a strategy.
         callbacks: Callbacks of transformers' `Trainer`.
+        company: What is attached beside it, and rows of other tasks that are mixed in.
 
     Returns:
-        The adapter with its lineage; parents are for the caller to add.
+        The adapter with its lineage; parents are for the caller to add. And the heads that learnt with it.
 
     Raises:
         ConfigError: If `output_dir` holds the checkpoints of another training.
         BaseMismatchError: If `init` belongs to another base.
+        CorruptAdapterError: If an adapter of the company changed, though it is frozen.
     """
     adapter = _start(loaded, task, rows, config, init)
-    info = rows.info(task)
-    examples = [encode(loaded.tokenizer, info, text, y) for text, y in zip(rows.texts, rows.targets, strict=True)]
+    examples = company.examples(loaded, encoded(loaded, task, rows))
     adapted = AdaptedModel(loaded.model, loaded.base)
     with ExitStack() as stack:
         stack.callback(loaded.model.eval)
         stack.callback(adapted.detach)
         adapted.add(name, adapter)
-        adapted.train_only(name)
+        company.join(adapted)
+        adapted.train_only(name, *company.heads)
+        _freeze(adapted, name, hooks)
+        if hooks.extra is not None:
+            adapted.add_module("extra", hooks.extra)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if output_dir is None else output_dir)
-        resume = None if output_dir is None else claim(folder, adapter, rows.hash, settings)
+        resume = None if output_dir is None else claim(folder, adapter, company.hash_with(rows.hash), settings)
         if settings.gradient_checkpointing:
-            _save_memory(loaded.model, adapted, name, stack)
+            _save_memory(loaded.model, adapted, name, hooks, stack)
         progress = TrainingProgress(name)
         stack.callback(progress.stop)
         arguments = training_arguments(settings, folder, keep=output_dir is not None)
         collator = Collator(loaded.tokenizer.pad_token_id)
-        trainer = AdapterTrainer(adapted, name, task.kind, arguments, examples, collator, hooks, (*callbacks, progress))
+        trainer = AdapterTrainer(
+            adapted, name, task.kind, arguments, examples, collator, hooks, (*callbacks, progress), company.kinds()
+        )
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        return _with_lineage(adapted.extract(name), loaded.base, task, rows, settings)
+        company.check(adapted)
+        made = _with_lineage(adapted.extract(name), loaded.base, task, rows, settings)
+        extra = {} if hooks.extra is None else hooks.extra.state_dict()
+        heads = {head: adapted.extract(head) for head in company.heads}
+        return Learnt(made, heads, {key: tensor.detach().cpu().clone() for key, tensor in extra.items()})
+
+
+def _freeze(adapted: AdaptedModel, name: str, hooks: Hooks) -> None:
+    for key, weight in adapted.weights(name).items() if hooks.frozen else ():
+        if key.endswith(hooks.frozen):
+            weight.requires_grad_(False)
 
 
 def _start(loaded: LoadedBase, task: TaskFile, rows: Rows, config: AdapterConfig, init: Adapter | None) -> Adapter:
@@ -129,14 +171,14 @@ def training_arguments(settings: TrainSettings, folder: Path, *, keep: bool) -> 
     )
 
 
-def _save_memory(model: PreTrainedModel, adapted: AdaptedModel, name: str, stack: ExitStack) -> None:
+def _save_memory(model: PreTrainedModel, adapted: AdaptedModel, name: str, hooks: Hooks, stack: ExitStack) -> None:
     """Turn on gradient checkpointing until the stack unwinds.
 
     The second forward runs within the backward, on a GPU in a thread that knows no route: it brings its own.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), adapted.route(name)
+        return nullcontext(), adapted.route(name) if hooks.route is None else hooks.route(adapted, name)
 
     # transformers renamed both within version 5
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from graftory.adapter import TaskKind
 from graftory.adapters import AdaptedModel
+from graftory.adapters.site import shown
 from graftory.adapters.smop import reading
 from graftory.errors import ConfigError, CorruptAdapterError
-from graftory.training.encode import Collator, Example
-from graftory.training.losses import model_inputs, readable_tokens, row_losses
+from graftory.training.encode import TASK_NUMBER, Collator, Example
+from graftory.training.losses import mixed_losses, model_inputs, readable_tokens
 from graftory.training.sampler import LengthSampler
 
 CHECKPOINT_FILE = "adapter.safetensors"
@@ -38,10 +40,15 @@ class StepContext:
     """What the model returned."""
     step: int
     """Optimizer steps done so far."""
+    name: str = ""
+    """The adapter that learns."""
 
 
 LossTerm = Callable[[StepContext], Mapping[str, Tensor]]
 """Named scalar losses that are added to the task's."""
+
+StepRoute = Callable[[AdaptedModel, str], AbstractContextManager[None]]
+"""Puts the route of a training step in force, for the adapter of the given name and whatever is attached beside it."""
 
 GradientHook = Callable[[AdaptedModel, int], None]
 """Called with the model and the number of steps done, when the gradients are complete and clipped and the
@@ -58,6 +65,14 @@ class Hooks:
     """Ends of the names of weights that get no weight decay."""
     rates: tuple[tuple[str, float], ...] = ()
     """Weights with a highest learning rate of their own: the beginning or end of their names, and the rate."""
+    frozen: tuple[str, ...] = ()
+    """Ends of the names, in `Adapter.tensors`, of weights of the adapter's body that do not learn."""
+    route: StepRoute | None = None
+    """What a training step runs through; None: the adapter alone."""
+    observers: tuple[Callable[[str, Tensor], None], ...] = ()
+    """Shown the path and the inputs of the adapter at each of its sites, in every forward for the task's loss."""
+    extra: torch.nn.Module | None = None
+    """More weights that learn and are in the checkpoints."""
 
 
 NO_HOOKS = Hooks()
@@ -93,6 +108,7 @@ class AdapterTrainer(Trainer):
         collator: Collator,
         hooks: Hooks,
         callbacks: Sequence[TrainerCallback],
+        others: Sequence[tuple[str | None, TaskKind]] = (),
     ) -> None:
         super().__init__(
             model=adapted,
@@ -105,6 +121,7 @@ class AdapterTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each batch
         self.adapted, self.name, self.kind, self.hooks = adapted, name, kind, hooks
+        self.heads, self.kinds = (None, *(head for head, _ in others)), (kind, *(other for _, other in others))
         self._sums: dict[str, Tensor | float] = {}
         self._batches = 0
 
@@ -133,8 +150,17 @@ class AdapterTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward, both inside the route."""
-        with self.adapted.route(self.name):
+        with self._route(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
+
+    def _route(self, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """The hooks' route, or the adapter for all rows; where tasks are mixed, each row with its own task's head."""
+        if self.hooks.route is not None:
+            return self.hooks.route(self.adapted, self.name)
+        numbers = inputs.get(TASK_NUMBER)
+        if numbers is None:
+            return self.adapted.route(self.name)
+        return self.adapted.route([self.name] * len(numbers), [self.heads[number] for number in numbers.tolist()])
 
     def compute_loss(
         self,
@@ -144,10 +170,15 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss plus every named loss term."""
-        with reading(readable_tokens(self.kind, inputs)):
+        numbers = inputs.pop(TASK_NUMBER, None)
+        with ExitStack() as stack:
+            stack.enter_context(reading(readable_tokens(self.kind, inputs)))
+            for observer in self.hooks.observers:
+                stack.enter_context(shown(observer))
             outputs = model(**model_inputs(self.kind, inputs))
-        terms = {"task": row_losses(self.kind, outputs.logits, inputs["labels"]).mean()}
-        context = StepContext(self.adapted, inputs, outputs, self.state.global_step)
+        kinds = [self.kind] if numbers is None else [self.kinds[number] for number in numbers.tolist()]
+        terms = {"task": mixed_losses(kinds, outputs.logits, inputs["labels"]).mean()}
+        context = StepContext(self.adapted, inputs, outputs, self.state.global_step, self.name)
         for term in self.hooks.loss_terms:
             more = term(context)
             if terms.keys() & more.keys():

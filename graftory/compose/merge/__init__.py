@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
+import torch
 from torch import Tensor
 
 from graftory.adapter import Adapter, AdapterSpec, Lineage, Parent
 from graftory.compose.merge.base import Body, MergeMethod, MergeParameters, body_of
+from graftory.compose.merge.core import CORE
+from graftory.compose.merge.ctm import CTM
+from graftory.compose.merge.dare import DARE, DARE_TIES
+from graftory.compose.merge.della import DELLA
 from graftory.compose.merge.heads import common_base, merge_heads
+from graftory.compose.merge.iso import ISO_C, ISO_CTS
+from graftory.compose.merge.knots import KNOTS
 from graftory.compose.merge.linear import LINEAR
 from graftory.compose.merge.mera import MERA
+from graftory.compose.merge.pico import PICO
+from graftory.compose.merge.regmean import REGMEAN
 from graftory.compose.merge.soup import SOUP
+from graftory.compose.merge.svd import SVD
+from graftory.compose.merge.ties import MAGNITUDE, TIES
+from graftory.compose.merge.tsv import TSV
 from graftory.errors import MergeError
 from graftory.schema import Json, decode, encode
 from graftory.versions import library_versions
 
-METHODS: Mapping[str, MergeMethod] = {row.name: row for row in (LINEAR, SOUP, MERA)}
+_DELTA = (SVD, TIES, MAGNITUDE, DARE, DARE_TIES, DELLA, TSV, ISO_C, ISO_CTS, KNOTS, CORE, CTM, PICO, REGMEAN)
+METHODS: Mapping[str, MergeMethod] = {row.name: row for row in (LINEAR, SOUP, MERA, *_DELTA)}
 """Every merge method, by name."""
 
 __all__ = ["METHODS", "Body", "MergeMethod", "MergeParameters", "merge"]
@@ -69,7 +83,8 @@ def merge(
     if inputs and len(inputs) != len(adapters):
         raise MergeError(f"got inputs of {len(inputs)} for {len(adapters)} adapters, wanted one each")
     bodies = [body_of(adapter, i, inputs[i] if inputs else None) for i, adapter in enumerate(adapters)]
-    body = row.fn(bodies, factors, chosen)
+    with _one_thread():
+        body = row.fn(bodies, factors, chosen)
     task, head = merge_heads(adapters, factors)
     recorded: dict[str, Json] = {"method": row.name, "weights": factors, **encode(chosen), **(notes or {})}
     lineage = Lineage(
@@ -84,6 +99,17 @@ def merge(
     licence = licences.pop() if len(licences) == 1 else None
     spec = AdapterSpec(base=base, config=body.config, task=task, lineage=lineage, licence=licence)
     return Adapter(spec, {**body.tensors, **head})
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The same bits on any number of cores, as sums over threads are rounded differently; merges are small work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _checked_weights(row: MergeMethod, n: int, weights: Sequence[float] | None) -> list[float]:

@@ -6,6 +6,7 @@ weight each. Heads, bases, lineage and licence are the same for all methods and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,9 +22,18 @@ Space = Literal["delta", "factor", "aligned"]
 `aligned`: on tensors brought into correspondence first."""
 
 
+Reads = Literal["nothing", "examples", "own tasks"]
+"""`examples`: the same for all adapters. `own tasks`: if no examples are given, of what each was trained on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeParameters:
     """Parameters of a method beside the weights; a subclass per method, its fields become CLI options."""
+
+    @property
+    def reads(self) -> Reads:
+        """Whose examples the method wants to see the adapters' inputs of, `Body.inputs`."""
+        return "nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +95,23 @@ def union_of_targets(bodies: Sequence[Body]) -> tuple[str, ...]:
 def most_common(values: Sequence[int]) -> int:
     """The most frequent value, the larger one of equals: what a pattern leaves out."""
     return max(set(values), key=lambda value: (values.count(value), value))
+
+
+def check_rank(rank: int | None) -> None:
+    """Refuse ranks that no adapter can have.
+
+    Raises:
+        MergeError: If it is below 1.
+    """
+    if rank is not None and rank < 1:
+        raise MergeError(f"rank: got {rank}, wanted 1 or more")
+
+
+def check_scaling(scaling: float) -> None:
+    """Refuse factors that are no numbers.
+
+    Raises:
+        MergeError: If it is not finite.
+    """
+    if not math.isfinite(scaling):
+        raise MergeError(f"scaling: got {scaling}, wanted a finite number")

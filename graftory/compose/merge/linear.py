@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graftory.compose.merge.base import Body, MergeMethod, MergeParameters
+from graftory.compose.merge.base import Body, MergeMethod, MergeParameters, check_rank
 from graftory.compose.merge.bottleneck import concatenate
-from graftory.compose.merge.lora import lora_body, truncate, weighted_sum
-from graftory.config import LoraConfig, option
+from graftory.compose.merge.delta import Delta, total
+from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites, taking_part
+from graftory.compose.merge.spectrum import cut
+from graftory.config import option
 from graftory.errors import MergeError
 
 
@@ -19,8 +21,7 @@ class LinearParameters(MergeParameters):
     rank: int | None = option("cut the merged update to this rank (LoRA; the best one, by SVD)", None)
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise MergeError(f"rank: got {self.rank}, wanted 1 or more")
+        check_rank(self.rank)
 
 
 def linear(bodies: Sequence[Body], weights: Sequence[float], parameters: LinearParameters) -> Body:
@@ -31,21 +32,18 @@ def linear(bodies: Sequence[Body], weights: Sequence[float], parameters: LinearP
     Raises:
         MergeError: If all weights are 0, shapes disagree, or a rank is asked of bottleneck adapters.
     """
-    taking_part = [(body, weight) for body, weight in zip(bodies, weights, strict=True) if weight != 0]
-    if not taking_part:
-        raise MergeError("all weights are 0: nothing is left to merge; give at least one weight other than 0")
-    chosen, factors = [body for body, _ in taking_part], [weight for _, weight in taking_part]
-    if not isinstance(chosen[0].config, LoraConfig):
+    if bodies[0].config.method not in LINEAR_METHODS:
         if parameters.rank is not None:
             raise MergeError(
                 "rank: bottleneck adapters have a non-linearity, which no SVD can cut; leave the rank out "
                 "(the merged bottleneck has all hidden units)"
             )
-        return concatenate(chosen, factors)
-    merged = weighted_sum(chosen, factors)
-    if parameters.rank is not None:
-        merged = {path: truncate(b, a, parameters.rank) for path, (b, a) in merged.items()}
-    return lora_body(merged, max(body.config.dropout for body in chosen if isinstance(body.config, LoraConfig)))
+        return concatenate(*taking_part(bodies, weights))
+
+    def merged(site: Site) -> Delta:
+        return cut(total(site.deltas, site.weights), parameters.rank)
+
+    return merge_sites(bodies, weights, merged)
 
 
 LINEAR = MergeMethod(

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from graftory.compose.merge.align import Transport, align, distances
-from graftory.compose.merge.base import Body, MergeMethod, MergeParameters, check_keys
-from graftory.compose.merge.lora import factors_of, lora_body
+from graftory.compose.merge.base import Body, MergeMethod, MergeParameters, Reads, check_keys
+from graftory.compose.merge.delta import Delta
+from graftory.compose.merge.lora import lora_body, lora_deltas
 from graftory.config import BottleneckConfig, LoraConfig, option
 from graftory.errors import MergeError
 
@@ -31,6 +32,11 @@ class MeraParameters(MergeParameters):
         "weights: compare what units read (down), or their biases and what they write too (all)", "down"
     )
     anchor: int = option("number of the adapter that the others are aligned to, from 1; 0: the best on --on", 1)
+
+    @property
+    def reads(self) -> Reads:
+        """See `MergeParameters`."""
+        return "examples" if self.by == "activations" else "nothing"
 
     def __post_init__(self) -> None:
         if self.epsilon <= 0 or self.anchor < 0:
@@ -182,8 +188,8 @@ def _bottleneck_units(body: Body) -> dict[str, Units]:
 
 def _lora_units(body: Body) -> dict[str, Units]:
     found = {}
-    for path, (b, a) in factors_of(body).items():
-        up, down = canonical(b.double(), a.double())
+    for path, delta in lora_deltas(body).items():
+        up, down = canonical(delta.left.double(), delta.right.double())
         zero = torch.zeros(1, dtype=torch.float64)
         found[path] = Units(down, zero.expand(down.shape[0]), up, zero.expand(up.shape[0]), _identity, free_sign=True)
     return found
@@ -218,8 +224,8 @@ def _bottleneck_body(anchor: Body, merged: Mapping[str, Units]) -> Body:
 
 
 def _lora_body(anchor: Body, merged: Mapping[str, Units]) -> Body:
-    factors = {path: (units.up.float(), units.down.float()) for path, units in merged.items()}
-    return lora_body(factors, cast(LoraConfig, anchor.config).dropout)
+    deltas = {path: Delta(units.up.float(), units.down.float()) for path, units in merged.items()}
+    return lora_body(deltas, cast(LoraConfig, anchor.config).dropout)
 
 
 _KINDS: Mapping[str, Callable[[Body], dict[str, Units]]] = {"bottleneck": _bottleneck_units, "lora": _lora_units}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from graftory.adapter import Adapter
 from graftory.compose.merge.base import body_of
-from graftory.compose.merge.lora import factors_of
+from graftory.compose.merge.delta import Delta
+from graftory.compose.merge.lora import lora_deltas
 from graftory.compose.select.base import Domain
 from graftory.compose.select.clustering import by_clustering
 from graftory.compose.select.similarity import similarities
@@ -96,13 +97,13 @@ def cosine(left: Adapter, right: Adapter) -> float | None:
     """
     if not isinstance(left.spec.config, LoraConfig) or not isinstance(right.spec.config, LoraConfig):
         return None
-    first, second = factors_of(body_of(left, 0)), factors_of(body_of(right, 1))
+    first, second = lora_deltas(body_of(left, 0)), lora_deltas(body_of(right, 1))
 
-    def inner(one: dict[str, tuple[Tensor, Tensor]], other: dict[str, tuple[Tensor, Tensor]]) -> float:
+    def inner(one: dict[str, Delta], other: dict[str, Delta]) -> float:
         total = 0.0
         for path in one.keys() & other.keys():
-            (b, a), (d, c) = one[path], other[path]
-            total += float(((b.double().T @ d.double()) * (a.double() @ c.double().T)).sum())
+            mine, its = one[path].double(), other[path].double()
+            total += float(((mine.left.T @ its.left) * (mine.right @ its.right.T)).sum())
         return total
 
     scale = math.sqrt(inner(first, first) * inner(second, second))

@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Protocol
 from graftory.adapter import Adapter, AdapterSpec
 from graftory.config import (
     AdapterConfig,
+    BitfitConfig,
     BottleneckConfig,
+    DoraConfig,
     FusionConfig,
     HyperformerConfig,
+    Ia3Config,
     LoraConfig,
     NormedBottleneckConfig,
+    PrefixConfig,
+    PromptConfig,
     SmopConfig,
 )
 from graftory.errors import CorruptAdapterError, DataError, UnsupportedAdapterError
@@ -65,15 +70,20 @@ class Codec(Protocol):
         """The tensors of checked files, under their names in `Adapter.tensors`."""
 
 
-_COMPOSED = ComposedCodec()
+_PEFT, _NATIVE, _COMPOSED = PeftCodec(), NativeCodec(), ComposedCodec()
 
 CODECS: Mapping[type[AdapterConfig], Codec] = {
-    LoraConfig: PeftCodec(),
-    BottleneckConfig: NativeCodec(),
-    NormedBottleneckConfig: NativeCodec(),
+    LoraConfig: _PEFT,
+    DoraConfig: _PEFT,
+    Ia3Config: _PEFT,
+    BitfitConfig: _NATIVE,
+    PrefixConfig: _NATIVE,
+    BottleneckConfig: _NATIVE,
+    NormedBottleneckConfig: _NATIVE,
     FusionConfig: _COMPOSED,
     HyperformerConfig: _COMPOSED,
     SmopConfig: _COMPOSED,
+    PromptConfig: _COMPOSED,
 }
 """The codec of every method."""
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from graftory.adapter import Adapter, AdapterSpec
-from graftory.config import BottleneckConfig
+from graftory.config import AdapterConfig, BitfitConfig, BottleneckConfig, PrefixConfig
 from graftory.errors import CorruptAdapterError
 from graftory.hub.codecs import tensors as shared
 from graftory.hub.records import TensorEntry
@@ -19,7 +19,7 @@ WEIGHTS = "adapter.safetensors"
 
 
 class NativeCodec:
-    """Bottleneck adapters. Keys are those of `Adapter.tensors`."""
+    """Bottleneck adapters, bias deltas and prefixes. Keys are those of `Adapter.tensors`."""
 
     file_names: tuple[str, ...] = (WEIGHTS,)
 
@@ -37,8 +37,11 @@ class NativeCodec:
         data = files[WEIGHTS]
         stored = {tensor.name: tensor for tensor in shared.read_floats(data, WEIGHTS)}
         config = spec.config
-        if not isinstance(config, BottleneckConfig):
-            raise CorruptAdapterError(f"{WEIGHTS}: the specification is of method {spec.method!r}; wanted bottleneck")
+        check_site = next((check for kind, check in _SITES.items() if isinstance(config, kind)), None)
+        if check_site is None:
+            raise CorruptAdapterError(
+                f"{WEIGHTS}: the specification is of method {spec.method!r}; wanted bottleneck, bitfit or prefix"
+            )
         body = [key for key in stored if not shared.is_head(key, spec)]
         parts = config.parts
         sites = shared.paths_of(body, parts, f"{WEIGHTS}: tensor %r is not understood; wanted <site>.{parts[0]}, ...")
@@ -49,7 +52,7 @@ class NativeCodec:
                 f"{WEIGHTS}: site {odd!r} is only in one of the tensors and the targets; save both"
             )
         for site in sites:
-            _check_site(site, stored, config)
+            check_site(site, stored, config)
         shared.check_heads(stored, spec, WEIGHTS)
         return shared.entries(stored, data)
 
@@ -58,7 +61,8 @@ class NativeCodec:
         return shared.load(files[WEIGHTS])
 
 
-def _check_site(site: str, stored: Mapping[str, StoredTensor], config: BottleneckConfig) -> None:
+def _check_bottleneck(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
+    assert isinstance(config, BottleneckConfig)
     found = [stored[f"{site}.{part}"].shape if f"{site}.{part}" in stored else None for part in config.parts]
     up_bias, size = found[3], config.size_of(site)
     width = up_bias[0] if up_bias else 0
@@ -67,3 +71,26 @@ def _check_site(site: str, stored: Mapping[str, StoredTensor], config: Bottlenec
         raise CorruptAdapterError(
             f"{WEIGHTS}: site {site!r} has the shapes {found}, wanted {wanted} for size {size}; save the adapter again"
         )
+
+
+def _check_bitfit(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
+    shape = stored[f"{site}.{config.parts[0]}"].shape
+    if len(shape) != 1:
+        raise CorruptAdapterError(f"{WEIGHTS}: {site}.{config.parts[0]} is {shape}, wanted (d,); save it again")
+
+
+def _check_prefix(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
+    assert isinstance(config, PrefixConfig)
+    shapes = [stored[f"{site}.{part}"].shape if f"{site}.{part}" in stored else None for part in config.parts]
+    width = shapes[0][-1] if shapes[0] else 0
+    wanted = [(config.length, width)] * 2
+    if shapes != wanted:
+        raise CorruptAdapterError(f"{WEIGHTS}: site {site!r} has the shapes {shapes}, wanted {wanted}; save it again")
+
+
+_SITES: Mapping[type[AdapterConfig], Callable[[str, Mapping[str, StoredTensor], Any], None]] = {
+    BottleneckConfig: _check_bottleneck,
+    BitfitConfig: _check_bitfit,
+    PrefixConfig: _check_prefix,
+}
+"""How the tensors of one site are checked, by method."""

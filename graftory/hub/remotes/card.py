@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 import yaml
 
 from graftory.adapter import AdapterSpec, TaskInfo, TaskKind
-from graftory.config import ComposedConfig, LoraConfig, config_to_json
+from graftory.config import ComposedConfig, config_to_json
+from graftory.hub.codecs.peft import WRITES
 from graftory.hub.completeness import completeness
 from graftory.hub.records import Record
 from graftory.hub.remotes.card_text import code, is_hub_id, line, table
@@ -78,7 +79,7 @@ def _header(record: Record) -> dict[str, Json]:
         **_licence(spec.licence),
         "base_model": spec.base.id if linked else None,
         "base_model_relation": "adapter" if linked else None,
-        "library_name": "peft" if isinstance(spec.config, LoraConfig) else "graftory",
+        "library_name": "peft" if type(spec.config) in WRITES else "graftory",
         "pipeline_tag": _pipeline(spec),
         "tags": [word for word in ("graftory", "adapter", spec.method, spec.lineage.process) if _WORD.fullmatch(word)],
         "datasets": sorted({row.data for row in spec.metrics if is_hub_id(row.data)}) or None,
@@ -154,7 +155,7 @@ def _usage(record: Record, repo: str) -> Iterator[str]:
     answers = spec.task is not None and spec.base.architecture != "vit"
     use = f'predict {record.name}@{record.version} "…"' if answers else f"show {record.name}@{record.version}"
     yield f"```sh\nhub pull hf://{repo}@{record.version}\nhub {use}\n```"
-    if isinstance(spec.config, LoraConfig):
+    if type(spec.config) in WRITES:
         yield "With PEFT:"
         yield "\n".join(_with_peft(record, repo))
     else:

@@ -1,0 +1,41 @@
+"""Targets of the methods that sit on linear layers: groups, roles and ends of paths, made explicit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from graftory.adapters.architectures import GROUPS, architecture_of, head_paths, is_linear, matching
+from graftory.errors import UnsupportedAdapterError
+
+
+def linear_targets(model: PreTrainedModel, targets: Sequence[str]) -> tuple[str, ...]:
+    """The explicit linear layers that targets mean, heads left out.
+
+    A target is a group (`qv`, `attention`, `ffn`, `all`) or role (`q`, `v`, ...) of the architecture table, or the
+    end of a module path, as in PEFT (`query`, `layer.0.attention.self.query`).
+
+    Raises:
+        UnsupportedAdapterError: If a target fits no linear layer.
+    """
+    row = architecture_of(model)
+    heads = (*head_paths(model), "lm_head")
+    linears = [path for path, module in model.named_modules() if is_linear(module) and path.split(".")[0] not in heads]
+    chosen: list[str] = []
+    for target in targets:
+        if row and target in GROUPS:
+            patterns = [pattern for role in GROUPS[target] for pattern in row.linears.get(role, ())]
+        elif row and target in row.linears:
+            patterns = list(row.linears[target])
+        else:
+            patterns = [target]
+        found = linears if target == "all" and row is None else [path for path, _ in matching(linears, patterns)]
+        if not found:
+            raise UnsupportedAdapterError(
+                f"target {target!r} fits no linear layer of {type(model).__name__}; give a group "
+                f"({', '.join(GROUPS)}), a role ({', '.join(row.linears) if row else 'none for this architecture'}) "
+                "or the end of a module path"
+            )
+        chosen += found
+    return tuple(sorted(set(chosen)))

@@ -1,0 +1,112 @@
+"""Passes over rows that are no training: gradients, logits, and what adapters read at their sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from graftory.adapter import Adapter
+from graftory.adapters import AdaptedModel
+from graftory.adapters.head import HeadSite
+from graftory.adapters.site import shown
+from graftory.data import Rows, TaskFile
+from graftory.training import LoadedBase, row_losses
+from graftory.training.company import encoded
+from graftory.training.encode import Collator
+from graftory.training.losses import model_inputs
+
+_NAME = "measured"
+
+
+def learning(adapted: AdaptedModel, name: str, *, head: bool) -> dict[str, Tensor]:
+    """The live weights of an attached adapter, by their names in `Adapter.tensors`, with those of its head or without.
+
+    Only those that learn.
+    """
+    weights = adapted.weights(name)
+    if head:
+        slot = adapted.slot_of(name)
+        for site in adapted.heads.values():
+            assert isinstance(site, HeadSite)
+            named = site.weights[slot].named_parameters()
+            weights |= {f"{site.path}.{key}": weight for key, weight in named}
+    return {key: weight for key, weight in weights.items() if weight.requires_grad}
+
+
+@contextmanager
+def attached(loaded: LoadedBase, adapter: Adapter, *, learns: bool = False) -> Iterator[AdaptedModel]:
+    """The base with one adapter in force for all rows, in evaluation; it comes out as it went in."""
+    adapted = AdaptedModel(loaded.model, loaded.base)
+    was_training = loaded.model.training
+    try:
+        adapted.add(_NAME, adapter)
+        if learns:
+            adapted.train_only(_NAME)
+        adapted.eval()
+        with adapted.route(_NAME):
+            yield adapted
+    finally:
+        adapted.detach()
+        loaded.model.train(was_training)
+
+
+def squared_gradients(
+    loaded: LoadedBase, adapter: Adapter, task: TaskFile, rows: Rows, *, head: bool
+) -> dict[str, Tensor]:
+    """The diagonal of the empirical Fisher information: (1/N) Σ_n (∂ -log p(y_n | x_n) / ∂θ)².
+
+    Args:
+        loaded: The base model.
+        adapter: The adapter whose weights are θ.
+        task: The task.
+        rows: The rows (x_n, y_n).
+        head: Whether θ includes the head.
+
+    Returns:
+        Shapes of the weights, fp32, by name.
+    """
+    with attached(loaded, adapter, learns=True) as adapted:
+        weights = learning(adapted, _NAME, head=head)
+        sums = {key: torch.zeros_like(weight, dtype=torch.float32) for key, weight in weights.items()}
+        for batch in batches(loaded, task, rows, 1):
+            logits = adapted(**model_inputs(task.kind, batch)).logits
+            loss = row_losses(task.kind, logits, batch["labels"]).total.sum()
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                if gradient is not None:
+                    total.add_(gradient.float().square())
+    return {key: (total / len(rows)).cpu() for key, total in sums.items()}
+
+
+def second_moments(
+    loaded: LoadedBase, adapter: Adapter, task: TaskFile, rows: Rows, batch_size: int
+) -> dict[str, Tensor]:
+    """C = Σ x xᵀ over the tokens x, padding left out, that an adapter reads at each of its sites.
+
+    Returns:
+        [d_in, d_in] fp64 by path.
+    """
+    found: dict[str, Tensor] = {}
+    mask: list[Tensor] = []
+
+    def observe(path: str, x: Tensor) -> None:
+        flat = (x[mask[0]] if mask[0].shape == x.shape[:2] else x.flatten(0, -2)).double()
+        found[path] = found.get(path, 0) + (flat.T @ flat).cpu()
+
+    with attached(loaded, adapter) as adapted, torch.no_grad(), shown(observe):
+        for batch in batches(loaded, task, rows, batch_size):
+            mask[:] = [batch["attention_mask"].bool()]
+            adapted(**model_inputs(task.kind, batch))
+    return found
+
+
+def batches(loaded: LoadedBase, task: TaskFile, rows: Rows, size: int) -> Iterator[Mapping[str, Tensor]]:
+    """Rows with their labels, in order, where the base is."""
+    examples: Sequence[dict[str, object]] = encoded(loaded, task, rows)
+    collator = Collator(loaded.tokenizer.pad_token_id)
+    for start in range(0, len(examples), size):
+        batch = collator(examples[start : start + size])
+        yield {name: value.to(loaded.model.device) for name, value in batch.items()}
