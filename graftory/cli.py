@@ -34,7 +34,7 @@ COMMANDS: Mapping[str, str] = {
     "merge": "Make one adapter out of several.",
     "compose": "Train a module on top of several adapters.",
     "continual": "Learn tasks one after another, and report what was forgotten.",
-    "export": "Fold an adapter into its base and save one plain model.",
+    "export": "Fold an adapter into its base and save one plain model, or write its files for another library.",
     "serve-plugin": "Let vLLM serve the adapters of this hub by their names.",
     "demo": "See all of it on real tasks, in a few minutes.",
 }

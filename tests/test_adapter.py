@@ -54,7 +54,7 @@ def test_specifications_round_trip_through_json() -> None:
 
 def test_unknown_methods_and_keys_are_named() -> None:
     data = spec_to_json(AdapterSpec(BaseModel("m"), LoraConfig()))
-    with pytest.raises(ConfigError, match="unknown adapter method 'magic'; known: lora, .*bottleneck"):
+    with pytest.raises(ConfigError, match=r"unknown adapter method 'magic'; known: lora, .*bottleneck"):
         spec_from_json({**data, "config": {"method": "magic"}}, "record")
     with pytest.raises(ConfigError, match="unknown key 'size'"):
         spec_from_json({**data, "config": {"method": "lora", "size": 3}}, "record")
