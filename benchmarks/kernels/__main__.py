@@ -4,7 +4,8 @@
     python benchmarks/kernels --part gpu             # the kernels on a GPU, beside vLLM's if that is installed
     python benchmarks/kernels --part models --tokens 1 --adapters 32 --no-write   # a quick look
 
-Rank 8, fp32, random weights. Every figure is a median of repeats that are interleaved with those of its peers.
+Rank 8, fp32, random weights. Every figure is the lower quartile of repeats that are interleaved with those
+of its peers.
 
 - `models`: BERT of hidden size 384 (6 layers, MiniLM's shape) and 768 (2 layers), 32 rows of 1, 16 and 64 tokens, 1 to
   64 adapters in the model, row i using adapter i (so at most 32 in one batch), on q and v or on all linears. Peers: the

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from kernels_timing import Run, medians, ratios
+from kernels_timing import Run, quartiles, ratios
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
@@ -66,7 +66,7 @@ def one(count: int) -> dict[str, Any]:
     runs = {name: forward(way) for name, way in ways.items()} | {
         f"training, {name}": train(way) for name, way in ways.items()
     }
-    times = medians(runs)
+    times = quartiles(runs)
     return {
         "of": {"adapters": count},
         "milliseconds": {name: round(value, 3) for name, value in times.items()},

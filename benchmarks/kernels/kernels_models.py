@@ -8,7 +8,7 @@ from typing import Any
 
 import peft
 import torch
-from kernels_timing import Run, medians, ratios
+from kernels_timing import Run, quartiles, ratios
 from rich.progress import track
 from torch import Tensor
 from transformers import BertConfig, BertModel
@@ -64,8 +64,8 @@ def one(of: dict[str, Any]) -> dict[str, Any]:
         "PEFT mixed": still(lambda: model(**batch, adapter_names=rows)),
     }
     with route:
-        times = medians(runs)
-    times |= medians(trainings(adapted, model, rows, batch))
+        times = quartiles(runs)
+    times |= quartiles(trainings(adapted, model, rows, batch))
     return {"of": of, "milliseconds": {k: round(v, 3) for k, v in times.items()}, "ratios": ratios(times, FORWARD)}
 
 

@@ -30,7 +30,7 @@ class Bank:
     layout: tuple[str | None, ...] = ()
     _whole: dict[str, Tensor] = field(default_factory=dict)
     _views: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
-    _constants: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
+    _constants: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
     _reserved: int = 0
 
     @property
@@ -62,7 +62,7 @@ class Bank:
             row = self._whole[name].data[place].zero_()
             _cut(row, tensors[name].shape).copy_(tensors[name])
             views[name] = nn.Parameter(_cut(self._whole[name][place], tensors[name].shape))
-        self._constants[place] = torch.tensor([scale, float(len(tensors[self.parts[0]]))])
+        self._constants[:, place] = torch.tensor([scale, float(len(tensors[self.parts[0]]))])
         self._views[slot] = views
         self.layout = (*self.layout[:place], slot, *self.layout[place + 1 :])
         return views
@@ -78,11 +78,11 @@ class Bank:
 
     def scales(self) -> Tensor:
         """The scale of every place, [places], fp32."""
-        return self._constants[:, 0]
+        return self._constants[0]
 
     def sizes(self) -> Tensor:
         """The size of every place, [places], fp32; 0 for one that never held an adapter."""
-        return self._constants[:, 1]
+        return self._constants[1]
 
     def place_of(self, slot: str) -> int:
         """The place of an adapter."""
@@ -144,8 +144,8 @@ class Bank:
                 row.copy_(tensors[name])
                 self._views[slot][name].data = row
             self._whole[name] = whole
-        constants = torch.zeros(places, 2, device=everyone[-1][self.parts[0]].device)
-        constants[: len(self.layout)] = self._constants.to(constants.device)
+        constants = torch.zeros(2, places, device=everyone[-1][self.parts[0]].device)
+        constants[:, : len(self.layout)] = self._constants.to(constants.device)
         self._constants = constants
         self.layout += (None,) * (places - len(self.layout))
 

@@ -92,7 +92,10 @@ class BankedSite(Site[C]):
         all there is, the adapters that are used.
         """
         used = self._used(bank, selection)
-        dtype = reduce(torch.promote_types, {tensor.dtype for tensor in used.tensors})
+        dtypes = {tensor.dtype for tensor in used.tensors}
+        if len(dtypes) == 1:
+            return used
+        dtype = reduce(torch.promote_types, dtypes)
         return replace(used, tensors=tuple(tensor.to(dtype) for tensor in used.tensors))
 
     def _used(self, bank: Bank, selection: Selection) -> Used:
@@ -101,8 +104,12 @@ class BankedSite(Site[C]):
             tensors = tuple(
                 stack_padded([self.get(slot, part) for slot in slots], dim) for part, dim in self.padded.items()
             )
-        elif len(slots) == 1 or bank.learns(slots):
+        elif bank.learns(slots):
             tensors = tuple(bank.joined(part, slots) for part in self.padded)
+        elif len(slots) == 1:
+            place = bank.place_of(slots[0])
+            alone = tuple(bank.whole(part).narrow(0, place, 1) for part in self.padded)
+            return Used(alone, bank.scales().narrow(0, place, 1), selection.index, bank.sizes().narrow(0, place, 1))
         else:
             whole = tuple(map(bank.whole, self.padded))
             return Used(whole, bank.scales(), selection.places, bank.sizes())

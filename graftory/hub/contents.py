@@ -29,8 +29,9 @@ def check_contents(record: Record, files: Mapping[str, memoryview], *, allow_non
         CorruptAdapterError: If the files are not what the record says.
         UnsupportedAdapterError: If they use something graftory does not do.
     """
-    with ThreadPoolExecutor(1) as pool:  # a hash of the files beside the hashes of their tensors, on two cores
+    with ThreadPoolExecutor(2) as pool:  # hashes of files, hashes of their tensors and a look at each number, at once
         hashed = pool.submit(file_entries, files)
+        finite = None if allow_nonfinite else pool.submit(check_finite, files)
         try:
             tensors: tuple[TensorEntry, ...] | GraftoryError = codec_of(record.spec).check(files, record.spec)
         except GraftoryError as error:
@@ -41,5 +42,5 @@ def check_contents(record: Record, files: Mapping[str, memoryview], *, allow_non
         raise tensors
     if tensors != record.tensors:
         raise CorruptAdapterError(f"{record.ref}: the record lists other tensors than its files hold; it is forged")
-    if not allow_nonfinite:
-        check_finite(files)
+    if finite is not None:
+        finite.result()
