@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graftory import Adapter, AdapterConfig, BottleneckConfig, LoraConfig, TaskInfo, new_adapter
-from graftory.adapters import Row
+from graftory.adapters import AdaptedModel, Row
 from graftory.config import Placement
 
 PLACEMENTS: tuple[Placement, ...] = ("houlsby", "pfeiffer", "parallel")
@@ -48,3 +48,25 @@ def eight(model: Any) -> dict[str, Adapter]:
 
 
 ROWS: Sequence[Row] = ("small", None, "large", "neck", "headless", None, "beside", "small")
+
+
+def mixed_as_single(
+    adapted: AdaptedModel, rows: Sequence[Row], batch: dict[str, Tensor], tolerance: float
+) -> dict[str, Tensor]:
+    """Check that a mixed batch gives each row's logits, and all gradients, as the rows one by one; the gradients."""
+    with adapted.route(rows):
+        mixed = logits(adapted, batch)
+        mixed.square().sum().backward()
+    together = {name: weight.grad for name, weight in adapted.named_parameters() if weight.grad is not None}
+    adapted.zero_grad()
+    for i, row in enumerate(rows):
+        with adapted.route([row]):
+            one = logits(adapted, {key: value[i : i + 1] for key, value in batch.items()})
+        torch.testing.assert_close(mixed[i], one[0], atol=tolerance, rtol=tolerance)
+        if row is not None:
+            one.square().sum().backward()
+    alone = {name: weight.grad for name, weight in adapted.named_parameters() if weight.grad is not None}
+    assert together.keys() == alone.keys()
+    for name, grad in together.items():
+        torch.testing.assert_close(grad, alone[name], atol=tolerance, rtol=10 * tolerance)
+    return together

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # before anything imports Triton, which decides then, and for the whole process
@@ -15,6 +16,8 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from tests import interpreted
 
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
@@ -110,3 +113,10 @@ def kind(request: pytest.FixtureRequest) -> str:
     """Every architecture in turn."""
     name: str = request.param
     return name
+
+
+@pytest.fixture
+def guarded(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels whose memory has NaN around it; a test module's own `launch` says whose."""
+    with interpreted.guarded(launch, monkeypatch):
+        yield

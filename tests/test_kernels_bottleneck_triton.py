@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -48,12 +47,6 @@ def launch() -> ModuleType:
     module = importlib.import_module("graftory.kernels.batched_bottleneck.launch")
     assert module.INTERPRETED
     return module
-
-
-@pytest.fixture
-def guarded(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with interpreted.guarded(launch, monkeypatch):
-        yield
 
 
 def padded_with_nan(given: Neck) -> Neck:

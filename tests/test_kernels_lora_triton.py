@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -34,12 +34,6 @@ def launch() -> ModuleType:
     module = importlib.import_module("graftory.kernels.batched_lora.launch")
     assert module.INTERPRETED
     return module
-
-
-@pytest.fixture
-def guarded(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with interpreted.guarded(launch, monkeypatch):
-        yield
 
 
 def padded_with_nan(given: Batch) -> Batch:

@@ -209,6 +209,7 @@ class AdaptedModel(nn.Module):
             if _key(path) not in self.heads:
                 module_at(self.model, path)
                 self.heads[_key(path)] = HeadSite(self.model, path, id(self))
+            self._head(path).reserve(self._capacity)
             self._head(path).put(entry.slot, adapter.tensors)
             entry = replace(entry, heads=(*entry.heads, path))
         return entry

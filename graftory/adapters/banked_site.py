@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -17,6 +16,7 @@ from graftory.adapters.bank import Bank
 from graftory.adapters.route import Route, Selection
 from graftory.adapters.site import Site, key_of
 from graftory.config import AdapterConfig
+from graftory.kernels.gather import gather_vectors
 from graftory.kernels.shapes import stack_padded
 
 C = TypeVar("C", bound=AdapterConfig)
@@ -50,9 +50,10 @@ class BankedSite(Site[C]):
         self.banks: list[Bank] = []
         self.capacity = 0
 
-    @abstractmethod
     def scale_of(self, config: C, path: str) -> float:
         """What an adapter's update is multiplied with."""
+        del config, path
+        return 1.0
 
     def kind_of(self, config: C) -> str:
         """What adapters of one call have in common."""
@@ -134,6 +135,12 @@ class BankedSite(Site[C]):
         for bank in self.banks:
             bank.repair()
         return self
+
+
+def summed(vectors: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ_m w_m v_k of each row, k its adapters, [E, d], for vectors [K, d], index and weights [E, M]."""
+    each = gather_vectors(vectors, index)
+    return (each if weights is None else each * weights[..., None]).sum(1)
 
 
 def dropout_of(rates: Sequence[float], index: Tensor, shape: Sequence[int]) -> Tensor | None:

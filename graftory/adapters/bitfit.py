@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graftory.adapters.architectures import GROUPS, architecture_of, head_paths, is_linear, matching, module_at
-from graftory.adapters.banked_site import BankedSite
+from graftory.adapters.architectures import GROUPS, architecture_of, head_paths, is_linear, module_at
+from graftory.adapters.banked_site import BankedSite, summed
 from graftory.adapters.method import Method
+from graftory.adapters.targets import paths_of
 from graftory.config import BitfitConfig
 from graftory.errors import UnsupportedAdapterError
-from graftory.kernels.gather import gather_vectors
 
 (DELTA,) = BitfitConfig.parts
 
@@ -40,21 +40,13 @@ class BitfitSite(BankedSite[BitfitConfig]):
         del config, path
         return {DELTA: tuple(bias_of(self.module, self.path).shape)}
 
-    def scale_of(self, config: BitfitConfig, path: str) -> float:
-        """See `BankedSite.scale_of`."""
-        del config, path
-        return 1.0
-
     def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         del args
         route = self.route()
         changed = output
         for bank, selection in self.selections(route, output) if route is not None else ():
             used = self.used(bank, selection)
-            each = gather_vectors(used.tensors[0], used.index)
-            if selection.weights is not None:
-                each = each * selection.weights[..., None]
-            delta = each.sum(1)
+            delta = summed(used.tensors[0], used.index, selection.weights)
             middle = [1] * (output.dim() - 2)
             changed = selection.add(changed, delta.view(len(delta), *middle, -1).expand_as(selection.take(output)))
         return None if changed is output else changed
@@ -91,11 +83,7 @@ def _resolve(model: PreTrainedModel, config: BitfitConfig) -> tuple[str, ...]:
 
 
 def _picked(model: PreTrainedModel, target: str, places: list[str]) -> list[str]:
-    row = architecture_of(model)
-    patterns: list[str] = [target]
-    if row and (target in GROUPS or target in row.linears):
-        patterns = [pattern for role in GROUPS.get(target, (target,)) for pattern in row.linears.get(role, ())]
-    found = [path for path, _ in matching(places, patterns)]
+    found = paths_of(target, architecture_of(model), places)
     if not found:
         raise UnsupportedAdapterError(
             f"target {target!r} fits no module with a bias of {type(model).__name__}; leave it out for all of them, or "

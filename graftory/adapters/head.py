@@ -44,6 +44,11 @@ class HeadSite(nn.Module):
         parts = tuple(name for name, _ in module.named_parameters())
         self.bank = Bank(parts) if type(module) is nn.Linear else None
 
+    def reserve(self, places: int) -> None:
+        """Make room for so many heads."""
+        if self.bank is not None:
+            self.bank.reserve(places)
+
     def put(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
         """Add an adapter's head, given by the names its parameters have in the model.
 

@@ -19,13 +19,12 @@ from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import architecture_of, linear_widths, matching, module_at
 from graftory.adapters.bank import Bank
-from graftory.adapters.banked_site import BankedSite
+from graftory.adapters.banked_site import BankedSite, summed
 from graftory.adapters.method import Method
 from graftory.adapters.route import Selection
 from graftory.adapters.targets import linear_targets
 from graftory.config import Ia3Config
 from graftory.kernels import batched_scale
-from graftory.kernels.gather import gather_vectors
 
 (VECTOR,) = Ia3Config.parts
 
@@ -46,11 +45,6 @@ class Ia3Site(BankedSite[Ia3Config]):
         del config, path
         return {VECTOR: (linear_widths(self.module)[1], 1)}
 
-    def scale_of(self, config: Ia3Config, path: str) -> float:
-        """See `BankedSite.scale_of`."""
-        del config, path
-        return 1.0
-
     def scaled(self, x: Tensor) -> Tensor | None:
         """The rows of x [N, ..., D] times their vectors, others as they are; None if no row has any."""
         route = self.route()
@@ -70,10 +64,8 @@ class Ia3Site(BankedSite[Ia3Config]):
         rows = torch.arange(len(x), device=x.device)
         for bank, selection in found:
             used = self.used(bank, selection)
-            each = gather_vectors(used.tensors[0].flatten(1) - 1, used.index)
-            if selection.weights is not None:
-                each = each * selection.weights[..., None]
-            vectors = selection.add(vectors, each.sum(1))
+            more = summed(used.tensors[0].flatten(1) - 1, used.index, selection.weights)
+            vectors = selection.add(vectors, more)
             index = torch.maximum(index, _over_batch(selection, selection.take(rows), len(x)))
         return batched_scale(x, vectors, index)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from graftory.adapters.route import Route, Selection
 from graftory.errors import RouteError
 
 BASE = "__base__"
@@ -22,35 +21,6 @@ _CHECKPOINT = "_gradient_checkpointing_func"
 
 class Owner:
     """Ties the layers of one model to its calls. It is copied with the model, so that a copy's calls are its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of a batch that a layer changes.
-
-    Attributes:
-        names: The adapters that they use.
-        rows: Where they are, [rows]; None if they are the whole batch.
-        index: The adapter of each, [rows], as a place in `names`.
-    """
-
-    names: tuple[str, ...]
-    rows: Tensor | None
-    index: Tensor
-
-    def take(self, x: Tensor) -> Tensor:
-        """These rows of a batch."""
-        return x if self.rows is None else x.index_select(0, self.rows)
-
-    def add(self, output: Tensor, update: Tensor) -> Tensor:
-        """A batch with something added to these rows; the others keep their bits."""
-        update = update.to(output.dtype)
-        return output + update if self.rows is None else output.index_add(0, self.rows, update)
-
-    def put(self, output: Tensor, instead: Tensor) -> Tensor:
-        """A batch with these rows replaced."""
-        instead = instead.to(output.dtype)
-        return instead if self.rows is None else output.index_copy(0, self.rows, instead)
 
 
 class MixedCall:
@@ -66,7 +36,8 @@ class MixedCall:
         self.names = tuple(names)
         self.offsets = offsets
         self._repeats = (1,) if offsets is not None else (1, repeats)
-        self._chosen: dict[tuple[object, ...], Rows | None] = {}
+        rows = tuple({} if name == BASE else {name: 1.0} for name in self.names)
+        self._route = Route(rows, heads=(None,) * len(rows), uniform=False)
 
     def names_for(self, x: Tensor) -> list[str]:
         """The name of every row of a layer's input.
@@ -79,24 +50,10 @@ class MixedCall:
             raise RouteError(f"adapter_names has {len(self.names)} names, the batch {x.shape[0]} rows; give one a row")
         return [name for name in self.names for _ in range(repeat)]
 
-    def select(self, held: Sequence[str], x: Tensor) -> Rows | None:
+    def select(self, held: Sequence[str], x: Tensor) -> Selection | None:
         """The rows of `x` that use one of the adapters `held`, or None if there are none. Raises as `names_for`."""
-        key = (tuple(held), x.shape[0], x.device)
-        if key not in self._chosen:
-            self._chosen[key] = self._choose(held, x)
-        return self._chosen[key]
-
-    def _choose(self, held: Sequence[str], x: Tensor) -> Rows | None:
-        chosen = [(row, name) for row, name in enumerate(self.names_for(x)) if name in held]
-        if not chosen:
-            return None
-        used = tuple(dict.fromkeys(name for _, name in chosen))
-        rows = [row for row, _ in chosen]
-        return Rows(
-            names=used,
-            rows=None if len(rows) == x.shape[0] else torch.tensor(rows, device=x.device),
-            index=torch.tensor([used.index(name) for _, name in chosen], device=x.device),
-        )
+        self.names_for(x)
+        return self._route.select(tuple(held), x)
 
 
 _CALLS: ContextVar[Mapping[Owner, MixedCall | None]] = ContextVar("graftory_peft_calls")

@@ -12,7 +12,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from graftory.adapters.banked_site import dropout_of
-from graftory.adapters.peft_call import BASE, MixedCall, Owner, Rows, call_of
+from graftory.adapters.peft_call import BASE, MixedCall, Owner, call_of
+from graftory.adapters.route import Selection
 from graftory.errors import RouteError
 from graftory.kernels import batched_lora
 from graftory.kernels.shapes import stack_padded
@@ -98,21 +99,21 @@ class BatchedLinear(MixedLora):
                 changed = self._varied(name, x, changed, rows, offsets, kwargs)
         return changed
 
-    def _update(self, x: Tensor, rows: Rows) -> Tensor:
+    def _update(self, x: Tensor, rows: Selection) -> Tensor:
         """What plain LoRA adapters add to their rows."""
-        names = rows.names
+        names = rows.slots
         a = stack_padded([_weight(self.lora_A[name]) for name in names], dim=0)
         b = stack_padded([_weight(self.lora_B[name]) for name in names], dim=1)
         scales = [self.scaling[name] for name in names]
         scale = torch.tensor(scales, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
-        kept = dropout_of([_rate(self.lora_dropout[name]) for name in names], rows.index[:, None], x.shape)
+        kept = dropout_of([_rate(self.lora_dropout[name]) for name in names], rows.index, x.shape)
         x = x.to(a.dtype) if kept is None else x.to(a.dtype) * kept.to(a.dtype)
         update = batched_lora(x, a, b, scale, rows.index)
         biases = [_bias(self.lora_B[name]) for name in names]
         if all(bias is None for bias in biases):
             return update
         each = torch.stack([b.new_zeros(b.shape[1]) if bias is None else bias for bias in biases])
-        added = (each * scale.to(each.dtype)[:, None]).index_select(0, rows.index)
+        added = (each * scale.to(each.dtype)[:, None]).index_select(0, rows.index[:, 0])
         return update + added.view(len(added), *[1] * (update.dim() - 2), -1)
 
     def _varied(
@@ -120,7 +121,7 @@ class BatchedLinear(MixedLora):
         name: str,
         x: Tensor,
         output: Tensor,
-        rows: Rows,
+        rows: Selection,
         offsets: Sequence[int | None] | None,
         named: dict[str, Any],
     ) -> Tensor:

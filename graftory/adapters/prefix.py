@@ -58,11 +58,6 @@ class PrefixSite(BankedSite[PrefixConfig]):
         del path
         return {KEYS: (config.length, self.width), VALUES: (config.length, self.width)}
 
-    def scale_of(self, config: PrefixConfig, path: str) -> float:
-        """See `BankedSite.scale_of`."""
-        del config, path
-        return 1.0
-
     def front(self, batch: Tensor) -> Front | None:
         """See `prefix_attention.Watcher`.
 

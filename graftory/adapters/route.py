@@ -62,6 +62,11 @@ class Selection:
             return output.index_add(0, self.rows, update)
         return update.add_(output) if fresh and not torch.is_grad_enabled() else output + update
 
+    def put(self, output: Tensor, instead: Tensor) -> Tensor:
+        """`output` with the rows replaced; others keep their bits."""
+        instead = instead.to(output.dtype)
+        return instead if self.rows is None else output.index_copy(0, self.rows, instead)
+
     def weighted(self, update: Tensor) -> Tensor:
         """An update times the weights, where a row has one adapter."""
         if self.weights is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from graftory.adapters.architectures import GROUPS, architecture_of, head_paths, is_linear, matching
+from graftory.adapters.architectures import GROUPS, Architecture, architecture_of, head_paths, is_linear, matching
 from graftory.errors import UnsupportedAdapterError
 
 
@@ -24,13 +24,7 @@ def linear_targets(model: PreTrainedModel, targets: Sequence[str]) -> tuple[str,
     linears = [path for path, module in model.named_modules() if is_linear(module) and path.split(".")[0] not in heads]
     chosen: list[str] = []
     for target in targets:
-        if row and target in GROUPS:
-            patterns = [pattern for role in GROUPS[target] for pattern in row.linears.get(role, ())]
-        elif row and target in row.linears:
-            patterns = list(row.linears[target])
-        else:
-            patterns = [target]
-        found = linears if target == "all" and row is None else [path for path, _ in matching(linears, patterns)]
+        found = linears if target == "all" and row is None else paths_of(target, row, linears)
         if not found:
             raise UnsupportedAdapterError(
                 f"target {target!r} fits no linear layer of {type(model).__name__}; give a group "
@@ -39,3 +33,11 @@ def linear_targets(model: PreTrainedModel, targets: Sequence[str]) -> tuple[str,
             )
         chosen += found
     return tuple(sorted(set(chosen)))
+
+
+def paths_of(target: str, row: Architecture | None, paths: Sequence[str]) -> list[str]:
+    """Those of some paths that a target means: a group or role of the architecture, or the end of a path."""
+    patterns = [target]
+    if row and (target in GROUPS or target in row.linears):
+        patterns = [pattern for role in GROUPS.get(target, (target,)) for pattern in row.linears.get(role, ())]
+    return [path for path, _ in matching(paths, patterns)]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graftory.commands.output import working
 from graftory.errors import UnsupportedAdapterError
 
 if TYPE_CHECKING:
@@ -30,16 +29,13 @@ def peft(hub: Hub, record: Record, folder: Path, base: str) -> Path:
 
 
 def adapterhub(hub: Hub, record: Record, folder: Path, base: str) -> Path:
-    """AdapterHub's files; the base is loaded to see how many layers it has."""
+    """AdapterHub's files; of the base its configuration is read, for the number of its layers."""
     from graftory.hub.adapterhub import write
     from graftory.hub.folders import place
-    from graftory.training import load_base
+    from graftory.training.base import layers_of
 
-    kind = record.spec.task.kind if record.spec.task else "classification"
     adapter = hub.get(record.ref)
-    with working(f"loading {base}"):
-        layers = int(load_base(base, kind).model.config.num_hidden_layers)
-    return place(folder.absolute(), write(adapter, record.name, layers=layers))
+    return place(folder.absolute(), write(adapter, record.name, layers=layers_of(base)))
 
 
 FORMATS: Mapping[str, Format] = {"peft": peft, "adapterhub": adapterhub}

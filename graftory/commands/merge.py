@@ -95,7 +95,8 @@ def command(
       hub merge both@1 --without sms --name only-trec
     """
     if again or without:
-        return from_record(context, refs, again, without, name, weights, as_json)
+        from_record(context, refs, again, without, name, weights, as_json)
+        return
     if name is None:
         raise click.UsageError("Missing option '--name'.", context)
     from graftory.compose import METHODS, merge
@@ -135,4 +136,3 @@ def command(
         print_ref("merged into", hub, ref, as_json)
     else:
         print_selection(selection, hub, ref, as_json)
-    return None

@@ -69,9 +69,7 @@ def load_base(base: str, kind: TaskKind, *, revision: str | None = None) -> Load
         DownloadError: If the model cannot be had.
         ConfigError: If it cannot do this kind of task.
     """
-    source = str(sample_model(base)) if base.startswith(PREFIX) else base
-    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
-        raise ConfigError(f"no folder {base!r} with a base model; give a folder, a model id of the hub or wheel:minilm")
+    source = _source(base)
     heads = _HEADS if kind in ("classification", "regression") else {}
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(_HEAD_SEED)
@@ -85,6 +83,31 @@ def load_base(base: str, kind: TaskKind, *, revision: str | None = None) -> Load
     described = base_of(model, id=base, revision=_commit(model) or revision, tokenizer=tokenizer)
     _set_pad_token(model, tokenizer)
     return LoadedBase(model.eval(), tokenizer, described)
+
+
+def layers_of(base: str, *, revision: str | None = None) -> int:
+    """How many layers a base model has, from its configuration; its weights are not read.
+
+    Raises:
+        DownloadError: If the configuration cannot be had.
+    """
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(_source(base), revision=revision)
+    except OSError as error:
+        raise DownloadError(f"cannot load {base!r} ({_first(error)}); {_remedy(base)}") from error
+    return int(config.num_hidden_layers)
+
+
+def _source(base: str) -> str:
+    """Where transformers finds a base.
+
+    Raises:
+        ConfigError: If it is a folder that is not there.
+    """
+    source = str(sample_model(base)) if base.startswith(PREFIX) else base
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise ConfigError(f"no folder {base!r} with a base model; give a folder, a model id of the hub or wheel:minilm")
+    return source
 
 
 def _commit(model: PreTrainedModel) -> str | None:

@@ -24,14 +24,12 @@ from graftory.errors import ConfigError
 from graftory.schema import encode as to_json
 from graftory.settings import HyperformerSettings
 from graftory.training import LoadedBase
-from graftory.training.encode import Collator, Example, encode
+from graftory.training.company import encoded
+from graftory.training.encode import TASK_NUMBER, Collator, Example
 from graftory.training.progress import TrainingProgress
 from graftory.training.train import claim, training_arguments
 from graftory.training.trainer import AdapterTrainer, Hooks
 from graftory.versions import library_versions
-
-_TASK = "hyper_task"
-"""Key of an encoded row with the number of its task."""
 
 
 def hyperformer(
@@ -160,7 +158,11 @@ class _Run:
     def train(self, output_dir: str | Path | None, callbacks: Sequence[TrainerCallback], *, frozen: bool) -> Adapter:
         """The hyperformer afterwards; with `frozen` only embeddings and heads of the tasks have learnt."""
         config, loaded = config_of(self.start), self.loaded
-        examples = [example for number in range(len(self.tasks)) for example in self._encoded(number)]
+        examples = [
+            {**example, TASK_NUMBER: number}
+            for number, (task, rows) in enumerate(self.tasks, self.first)
+            for example in encoded(loaded, task, rows)
+        ]
         adapted = AdaptedModel(loaded.model, loaded.base)
         with ExitStack() as stack:
             stack.callback(loaded.model.eval)
@@ -184,7 +186,7 @@ class _Run:
                 self.tasks[0][0].kind,
                 training_arguments(self.settings, folder, keep=output_dir is not None),
                 examples,
-                TaskCollator(loaded.tokenizer.pad_token_id),
+                Collator(loaded.tokenizer.pad_token_id),
                 (*callbacks, progress),
             )
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -195,14 +197,6 @@ class _Run:
                 head = adapted.extract(attached).head_tensors()
                 tensors |= {f"tasks.{self.first + number}.head.{key}": value for key, value in head.items()}
             return Adapter(self.start.spec, {**self.start.tensors, **tensors})
-
-    def _encoded(self, number: int) -> list[Example]:
-        task, rows = self.tasks[number]
-        info = rows.info(task)
-        return [
-            {**encode(self.loaded.tokenizer, info, text, y), _TASK: self.first + number}
-            for text, y in zip(rows.texts, rows.targets, strict=True)
-        ]
 
     def _holder(self, number: int) -> Adapter:
         """An adapter that gives a task its places and head; its body is never used."""
@@ -243,16 +237,6 @@ def _freeze_bodies(adapted: AdaptedModel, names: Sequence[str]) -> None:
             weight.requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class TaskCollator(Collator):
-    """Pads a batch, and keeps the number of its one task."""
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """See `Collator`."""
-        rows = [{key: value for key, value in example.items() if key != _TASK} for example in examples]
-        return {**super().__call__(rows), _TASK: torch.tensor([example[_TASK] for example in examples])}
-
-
 class HyperTrainer(AdapterTrainer):
     """Generates the adapter of each batch's task, with gradients to the generator."""
 
@@ -266,7 +250,7 @@ class HyperTrainer(AdapterTrainer):
         kind: Any,
         arguments: Any,
         examples: Sequence[Example],
-        collator: TaskCollator,
+        collator: Collator,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         rates = (("heads.", settings.head_learning_rate), ("/embedding", settings.embedding_learning_rate))
@@ -282,7 +266,7 @@ class HyperTrainer(AdapterTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward with the adapter of the batch's task."""
-        task = int(inputs.pop(_TASK)[0])
+        task = int(inputs.pop(TASK_NUMBER)[0])
         tensors = {name.replace("/", "."): value for name, value in _generator(self.adapted).items()}
         self.name = f"task{task}"
         with self.adapted.made(self.name, generate(self.hyper, tensors, task)):
