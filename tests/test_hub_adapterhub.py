@@ -144,6 +144,15 @@ def test_made_here_written_and_read_again_it_answers_alike(method: str, kind: st
         torch.testing.assert_close(second[key], value, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("targets", [("q", "up", "down"), ("down",), ("up",)])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_base_s_width_is_told_whatever_the_order_of_the_tensors(targets: tuple[str, ...], backwards: bool) -> None:
+    adapter = made_here("bert", LoraConfig(rank=2, targets=targets))
+    ordered = dict(sorted(adapter.tensors.items(), reverse=backwards))
+    written = write(replace(adapter, tensors=ordered), "x", layers=2)
+    assert json.loads(written["adapter_config.json"])["hidden_size"] == 16
+
+
 def test_layers_that_are_left_out_are_told(tmp_path: Path) -> None:
     adapter = read(files_of(DATA / "headless"), "headless")
     config = json.loads(write(adapter, "x", layers=3)["adapter_config.json"])["config"]

@@ -55,7 +55,7 @@ def write(adapter: Adapter, name: str, *, layers: int) -> dict[str, bytes]:
     config = adapter.spec.config
     if type(config) is LoraConfig:
         settings, stored = _lora(config, layers), _renamed(adapter.body_tensors(), "loras", name, LORA_PARTS, "")
-        width = next(iter(stored.values())).shape[1]
+        width = _lora_width(adapter, config.targets[0])
     elif type(config) is BottleneckConfig:
         end = next(row.end for row in KINDS if row.placement == config.placement)
         width = adapter.tensors[f"{config.targets[0]}.{BottleneckConfig.parts[3]}"].shape[0]
@@ -75,6 +75,14 @@ def write(adapter: Adapter, name: str, *, layers: int) -> dict[str, bytes]:
     }
     files = {CONFIG: as_json({"config": settings, **common}), WEIGHTS: shared.dump(stored)}
     return {**files, **write_head(adapter, kind, common)}
+
+
+def _lora_width(adapter: Adapter, path: str) -> int:
+    """The width of the residual stream, which all linear layers of a block read, but for the FFN's last, which writes
+    it.
+    """
+    down, up = (adapter.tensors[f"{path}.{part}"] for part in LoraConfig.parts)
+    return int(up.shape[0] if path.endswith(".output.dense") else down.shape[1])
 
 
 def _renamed(
