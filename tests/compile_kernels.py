@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from graftory.kernels.batched_lora import kernel
-from graftory.kernels.batched_lora.launch import Blocks, blocks_for
+from graftory.kernels.batched_lora.launch import Blocks, blocks_for, expand_block
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,7 +35,7 @@ UNIT = {
     "outer": (("x_column", "out_column"), ("x_column", "out_rank")),
 }
 """Strides that are 1, in the forward and in the backward (dA and dB for `outer`); Triton makes them constants."""
-FP32 = {"shrink": ("out",), "expand": ("hidden", "factor"), "outer": ("hidden", "factor")}
+FP32 = {"shrink": ("out",), "expand": ("hidden", "scale", "weight"), "outer": ("hidden", "scale", "weight")}
 
 
 def signature_of(name: str, fn: Any, dtype: str, given: Mapping[str, Any]) -> dict[str, str]:
@@ -108,13 +108,15 @@ def compiled(name: str, case: Case) -> dict[str, Any]:
     """One kernel for one target, as `launch` asks for it: pointers, widths and strides are multiples of 16, or 1."""
     fn: Any = getattr(kernel, name)
     blocks = case.blocks
+    slices = case.slices if summed(name, case) else 1
+    block = expand_block(blocks, slices) if name == "expand" else getattr(blocks, name)
     given: Mapping[str, Any] = {
-        "places": 1, "parts": 1, "unit": 16, "slices": case.slices if summed(name, case) else 1,
-        "block_m": blocks.m, "block_r": blocks.r, "block_d": blocks.d,
+        "places": 1, "parts": 1, "unit": 16, "slices": slices,
+        "block_m": block.m, "block_r": blocks.r, "block_d": block.d,
         "precision": "ieee", "upcast": False, **dict.fromkeys(UNIT[name][case.layout], 1),
         **({} if apart(name, case) else {"columns": None}),
     }  # fmt: skip
-    options = {"num_warps": blocks.warps, **({} if name == "shrink" else {"num_stages": 1})}
+    options = {"num_warps": block.warps, **({} if name == "shrink" else {"num_stages": 1})}
     made = build(fn, signature_of(name, fn, case.dtype, given), given, case.target, options)
     return {**asdict(case), **made}
 

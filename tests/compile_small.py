@@ -36,11 +36,15 @@ class Small:
     variants: Sequence[Mapping[str, int | None]]
 
 
-def decoding() -> list[dict[str, int]]:
+def decoding(name: str) -> list[dict[str, int]]:
     """The blocks of ranks that differ."""
-    made = ((single_blocks_for(rank), parts) for rank, parts in ((1, 1), (16, 8), (256, 8)))
     more = {"places": 1, "unit": 16, "slices": 1}
-    return [{"block_r": b.r, "block_d": b.d, "num_warps": b.warps, "parts": parts, **more} for b, parts in made]
+    found = []
+    for rank, parts in ((1, 1), (16, 16), (64, 32), (256, 8)):
+        blocks = single_blocks_for(rank)
+        block = getattr(blocks, name)
+        found.append({"block_r": blocks.r, "block_d": block.d, "num_warps": block.warps, "parts": parts, **more})
+    return found
 
 
 def blocks(*made: tuple[int, int]) -> list[dict[str, int]]:
@@ -52,7 +56,7 @@ KERNELS = {
     "decode.shrink": Small(
         decode.shrink,
         {**LORA, "out": "*fp32"},
-        decoding(),
+        decoding("shrink"),
         (
             {"x_column": 1, "m_column": 1, "columns": None},
             {"x_column": 1, "m_rank": 1, "columns": None},
@@ -61,9 +65,13 @@ KERNELS = {
     ),
     "decode.expand": Small(
         decode.expand,
-        {**LORA, "hidden": "*fp32", "factor": "*fp32", "out": "*{}"},
-        decoding(),
-        ({"m_rank": 1, "columns": None}, {"m_rank": 1}, {"m_column": 1, "slices": 3, "columns": None}),
+        {**LORA, "hidden": "*fp32", "scale": "*fp32", "weight": "*fp32", "out": "*{}"},
+        decoding("expand"),
+        (
+            {"m_rank": 1, "columns": None, "weight": None},
+            {"m_rank": 1},
+            {"m_column": 1, "slices": 3, "columns": None, "weight": None},
+        ),
     ),
     "scale.scale": Small(
         scale.scale,

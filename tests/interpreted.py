@@ -47,7 +47,9 @@ def give_room(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def poisoned(tensor: Tensor) -> Tensor:
     """The same numbers, with NaN behind each row and behind the last."""
-    wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), float("nan"), dtype=tensor.dtype)
+    wide = torch.full(
+        (*tensor.shape[:-1], tensor.shape[-1] + 5), float("nan"), dtype=tensor.dtype, device=tensor.device
+    )
     wide[..., : tensor.shape[-1]] = tensor
     return wide[..., : tensor.shape[-1]]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftory.kernels import batched_head
+from graftory.kernels import Routing, batched_head
 from tests import interpreted
 from tests.interpreted import Meter, poisoned, worst
 from tests.kernel_samples import error
@@ -127,7 +127,7 @@ def meter(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Meter:
     """Beside what `finish` reads and writes, a closed form: for an entry its head, with one a size, sums and biases."""
     found = interpreted.metered(monkeypatch)
     own = importlib.import_module("graftory.kernels.batched_head.launch")
-    finish, batch_of = own._finish, launch.batch_of
+    finish, entries = own._finish, Routing.entries
 
     def metered_finish(hidden: Tensor, bias: Tensor | None, batch: Any, fill: float, out: Tensor) -> None:
         sizes = [int(batch.ranks[0, k]) for k in batch.adapter.tolist() if k >= 0]
@@ -135,14 +135,13 @@ def meter(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Meter:
         with found.call(reads, out.numel()):
             finish(hidden, bias, batch, fill, out)
 
-    def roomy(inputs: Any) -> Any:
+    def roomy(self: Routing, tokens: int) -> Tensor:
         """No head behind the last entry, so that a broken mask reads nothing that is nowhere."""
-        batch = batch_of(inputs)
-        behind = torch.cat([batch.adapter, batch.adapter.new_full((1024,), -1)])
-        return replace(batch, adapter=behind[: len(batch.adapter)])
+        each = entries(self, tokens)
+        return torch.cat([each, each.new_full((1024,), -1)])[: len(each)]
 
     monkeypatch.setattr(own, "_finish", metered_finish)
-    monkeypatch.setattr(launch, "batch_of", roomy)
+    monkeypatch.setattr(Routing, "entries", roomy)
     return found
 
 

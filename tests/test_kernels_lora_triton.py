@@ -161,6 +161,7 @@ def meter(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Meter:
     entry that is taken alone reads its adapter, then the same without a place in an order.
     """
     found = interpreted.metered(monkeypatch)
+    monkeypatch.setattr(launch, "MAX_PARTS", 1)
     shrink, expand, outer = launch.shrink, launch.expand, launch.outer
 
     def used_by(batch: Any) -> tuple[list[tuple[int, int]], int]:
@@ -173,7 +174,6 @@ def meter(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Meter:
         return [(ranks[k], n) for k, n in sizes if k >= 0 and n], 3 * len(sizes)
 
     def metered_shrink(x: Tensor, matrix: Tensor, batch: Any, *, split: bool) -> Any:
-        assert x.shape[1] < 256  # one part
         used, before = used_by(batch)
         reads = before + sum(1 + n + (n + rank) * x.shape[1] for rank, n in used)
         with found.call(reads, sum(n * matrix.shape[2] for _, n in used)):
@@ -184,15 +184,17 @@ def meter(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Meter:
         used, before = used_by(batch)
         # a tile without an adapter reads its entries, as it writes zeros there
         free = 0 if batch.single else int((batch.adapter < 0).sum())
-        reads = before + free + sum(1 + 2 * n + (n + width) * rank for rank, n in used)
-        assert width <= batch.blocks.d
+        each = 1 + (batch.weight is not None)
+        reads = before + free + sum(2 + each * n + (n + width) * rank for rank, n in used)
+        assert width <= batch.blocks.expand.d
         with found.call(reads, entries * width):
             return expand(hidden, matrix, batch)
 
     def metered_outer(hidden: Tensor, x: Tensor, out: Tensor, batch: Any) -> None:
         ranks, counts = batch.ranks[0].tolist(), batch.tiles.offsets.diff().tolist()[:-1]
-        rows = sum(n * (2 + rank + x.shape[1]) for rank, n in zip(ranks, counts, strict=True))
-        with found.call(3 * len(counts) + rows, out.numel()):
+        each = 1 + (batch.weight is not None)
+        rows = sum(n * (each + rank + x.shape[1]) for rank, n in zip(ranks, counts, strict=True))
+        with found.call(4 * len(counts) + rows, out.numel()):
             outer(hidden, x, out, batch)
 
     for name, wrapped in (("shrink", metered_shrink), ("expand", metered_expand), ("outer", metered_outer)):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftory.kernels import batched_lora
+from graftory.kernels import batched_lora, routing
 from tests import interpreted
 from tests.interpreted import Meter, poisoned, worst
 from tests.kernel_samples import error
@@ -29,7 +29,7 @@ SWEEP: dict[str, Sliced] = {
     "long": sliced([[0], [1]], ((4, 8), (8, 3)), tokens=129, inputs=16, widths=(33, 7)),
     "wide": sliced([[1], [-1], [0]], ((8, 3), (5, 8)), tokens=2, inputs=600, widths=(160, 16)),
     "uneven": sliced([[2], [-1], [0]], SOME, tokens=2, widths=(130, 9, 40)),
-    "alone and uneven": sliced([[2], [-1], [0]], SOME, tokens=1, widths=(130, 9, 40)),
+    "alone and uneven": sliced([[2], [-1], [0]], SOME, tokens=1, widths=(300, 9, 40)),
     "alone": sliced([[2], [-1], [0]], SOME, tokens=1),
     "alone in mixtures": sliced(
         [[1, 3], [-1, 0]], ((3, 17, 1, 2), (1, 2, 0, 5)), tokens=1, widths=(16, 8), weighted=True
@@ -122,6 +122,7 @@ def test_a_row_depends_on_no_other_row(name: str) -> None:
 def meter(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Meter:
     """Beside what is counted, a closed form: of each slice what `batched_lora` needs, and two ends of its columns."""
     found = interpreted.metered(monkeypatch)
+    monkeypatch.setattr(launch, "MAX_PARTS", 1)
     shrink, expand, outer = launch.shrink, launch.expand, launch.outer
 
     def programs(batch: Any) -> tuple[list[tuple[int, int]], int, int]:
@@ -150,9 +151,10 @@ def meter(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Meter:
         used, entries = [(k, n) for k, n in held if k >= 0], sum(n for _, n in held)
         widths = ends(columns) if columns else [matrix.shape[3]]
         blocks = launch.single_blocks_for(matrix.shape[2]) if batch.single else batch.blocks
-        down = [-(-width // blocks.d) for width in widths]
+        down = [-(-width // blocks.expand.d) for width in widths]
         reads = len(widths) * max(down) * number * (known + 2 * bool(columns))
-        reads += sum(down) * (entries * (not batch.single) + sum(n for _, n in used))
+        weights = sum(n for _, n in used) * (batch.weight is not None)
+        reads += sum(down) * (entries * (not batch.single) + len(used) + weights)
         for number, ranks in enumerate(batch.ranks.tolist()):
             s = number if columns else 0
             reads += sum(down[s] * (1 + n * ranks[k]) + widths[s] * ranks[k] for k, n in used)
@@ -162,10 +164,11 @@ def meter(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Meter:
     def metered_outer(hidden: Tensor, x: Tensor, out: Tensor, batch: Any, *, columns: Any = None) -> None:
         counts = batch.tiles.offsets.diff().tolist()[:-1]
         widths = ends(columns) if columns else [x.shape[1]] * len(hidden)
-        down = [-(-width // batch.blocks.d) for width in widths]
-        reads = len(hidden) * max(down) * len(counts) * (3 + 2 * bool(columns))
+        down = [-(-width // batch.blocks.outer.d) for width in widths]
+        reads = len(hidden) * max(down) * len(counts) * (4 + 2 * bool(columns))
         for ranks, width, blocks in zip(batch.ranks.tolist(), widths, down, strict=True):
-            reads += sum(n * (blocks * (2 + rank) + width) for rank, n in zip(ranks, counts, strict=True))
+            each = 1 + (batch.weight is not None)
+            reads += sum(n * (blocks * (each + rank) + width) for rank, n in zip(ranks, counts, strict=True))
         with found.call(reads, out.numel()):
             outer(hidden, x, out, batch, columns=columns)
 
@@ -219,7 +222,7 @@ def test_where_an_adapter_has_about_one_entry_nothing_is_sorted(
     def unused(*arguments: object) -> None:
         raise AssertionError(arguments)
 
-    monkeypatch.setattr(launch, "cut", unused)
+    monkeypatch.setattr(routing, "cut", unused)
     given = SWEEP["alone"].to(torch.float32)
     for index in ([2, -1, 0], [1, 1, 1], [-1, -1, -1]):
         run(replace(given, index=torch.tensor(index)[:, None]), "triton")

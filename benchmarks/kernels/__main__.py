@@ -14,9 +14,10 @@ of its peers.
   mixed batch whose route was put in force before, as in `generate`.
 - `linears`: one frozen linear layer, d = 384, 64 rows of 32 tokens, all adapters learning. Peers: a loop over
   adapters, and gather and batched products, both through autograd.
-- `gpu`: bf16, d = 4096, ranks 8 to 128, 1 to 8192 tokens, 1 to 256 adapters; as a ratio to the time that the bytes
-  which must move take at the speed of a copy, measured. Peers: a loop over adapters, gather and batched products, and
-  vLLM's `lora_shrink` and `lora_expand`. Not measured yet: no GPU was at hand.
+- `gpu`: bf16, d = 4096, ranks 8 to 128, 1 to 8192 tokens, 1 to 256 adapters; the device's own time for a graph of the
+  call, with a cold cache, as a ratio to the time that the bytes which must move take at the speed of a copy, measured.
+  `eager` is the time of a call without a graph, where many follow each other; `routing` what a forward pays once for
+  all its layers. Peers: a loop over adapters, gather and batched products, and vLLM's `lora_shrink` and `lora_expand`.
 
 The results go to benchmarks/results/kernels.json, those of a GPU to kernels_gpu.json.
 """
@@ -53,7 +54,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "models": lambda: measure_models(options.sizes, options.tokens, options.adapters, known),
         "linears": measure_linears,
-        "gpu": measure_gpu,
+        "gpu": lambda: measure_gpu(options.ranks),
     }
     for name in [options.part] if options.part else ["models", "linears"]:
         found[name] = list(known) if name == "models" else []
@@ -85,7 +86,7 @@ def machine(*, gpu: bool) -> dict[str, Any]:
     return {
         "processor": torch.cuda.get_device_name() if gpu and torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
-        **{name: versions[name] for name in ("graftory", "torch", "transformers", "peft")},
+        **versions,
     }
 
 
@@ -96,6 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", type=numbers, default=(384, 768))
     parser.add_argument("--tokens", type=numbers, default=(1, 16, 64))
     parser.add_argument("--adapters", type=numbers, default=(1, 8, 32, 64))
+    parser.add_argument("--ranks", type=numbers, default=(8, 16, 64, 128), help="on a GPU")
     parser.add_argument("--again", action="store_true", help="measure models anew that are in the results")
     parser.add_argument("--no-write", action="store_true")
     return parser.parse_args()

@@ -16,6 +16,7 @@ from graftory.adapters.bank import Bank
 from graftory.adapters.route import Route, Selection
 from graftory.adapters.site import Site, key_of
 from graftory.config import AdapterConfig
+from graftory.kernels import Routing
 from graftory.kernels.gather import gather_vectors
 from graftory.kernels.shapes import stack_padded
 
@@ -29,14 +30,19 @@ class Used:
     Attributes:
         tensors: The banked parts of K adapters, [K, ...] each.
         scale: Of each, [K].
-        index: The adapters of each row, [E, M].
+        routing: The adapters of each row, [E, M].
         sizes: True size of each, [K].
     """
 
     tensors: tuple[Tensor, ...]
     scale: Tensor
-    index: Tensor
+    routing: Routing
     sizes: Tensor
+
+    @property
+    def index(self) -> Tensor:
+        """The adapters of each row, [E, M]."""
+        return self.routing.index
 
 
 class BankedSite(Site[C]):
@@ -110,16 +116,16 @@ class BankedSite(Site[C]):
         elif len(slots) == 1:
             place = bank.place_of(slots[0])
             alone = tuple(bank.whole(part).narrow(0, place, 1) for part in self.padded)
-            return Used(alone, bank.scales().narrow(0, place, 1), selection.index, bank.sizes().narrow(0, place, 1))
+            return Used(alone, bank.scales().narrow(0, place, 1), selection.routing, bank.sizes().narrow(0, place, 1))
         else:
             whole = tuple(map(bank.whole, self.padded))
-            return Used(whole, bank.scales(), selection.places, bank.sizes())
+            return Used(whole, bank.scales(), selection.own_routing, bank.sizes())
         places = [bank.place_of(slot) for slot in slots]
         scale, sizes = bank.scales(), bank.sizes()
         if places != list(range(len(bank.layout))):
             where = torch.tensor(places, device=scale.device)
             scale, sizes = scale[where], sizes[where]
-        return Used(tensors, scale, selection.index, sizes)
+        return Used(tensors, scale, selection.routing, sizes)
 
     def _bank(self, kind: str, dtypes: tuple[torch.dtype, ...]) -> Bank:
         for bank in self.banks:

@@ -95,7 +95,7 @@ class BottleneckSite(FusableSite[BottleneckConfig]):
             shape = (*x.shape[:-1], used.index.shape[1] * down.shape[1])
             keep = dropout_of([config.dropout for config in configs], selection.index, shape)
         return batched_bottleneck(
-            x, down, down_bias, up, up_bias, used.scale, used.index, selection.weights,
+            x, down, down_bias, up, up_bias, used.scale, used.routing, selection.weights,
             activation=configs[0].activation, keep=keep, sizes=used.sizes,
         )  # fmt: skip
 

@@ -72,7 +72,7 @@ class DoraSite(BankedSite[DoraConfig]):
         used = self.used(bank, selection)
         a, b, _ = used.tensors
         direct = functional.linear(x, weight)
-        moved = direct + batched_lora(x, a, b, used.scale, used.index, None, ranks=used.sizes)
+        moved = direct + batched_lora(x, a, b, used.scale, used.routing, None, ranks=used.sizes)
         factors = torch.stack([self._factor(bank, slot, weight) for slot in selection.slots])
         return batched_scale(moved, factors, selection.index[:, 0]) - direct
 

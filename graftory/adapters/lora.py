@@ -83,7 +83,7 @@ class LoraSite(FusableSite[LoraConfig]):
             x = x if kept is None else x * kept.to(x.dtype)
         used = self.used(bank, selection)
         a, b = used.tensors
-        return batched_lora(x, a, b, used.scale, used.index, selection.weights, ranks=used.sizes)
+        return batched_lora(x, a, b, used.scale, used.routing, selection.weights, ranks=used.sizes)
 
 
 def _resolve(model: PreTrainedModel, config: LoraConfig) -> tuple[str, ...]:

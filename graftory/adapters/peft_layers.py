@@ -108,7 +108,7 @@ class BatchedLinear(MixedLora):
         scale = torch.tensor(scales, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
         kept = dropout_of([_rate(self.lora_dropout[name]) for name in names], rows.index, x.shape)
         x = x.to(a.dtype) if kept is None else x.to(a.dtype) * kept.to(a.dtype)
-        update = batched_lora(x, a, b, scale, rows.index)
+        update = batched_lora(x, a, b, scale, rows.routing)
         biases = [_bias(self.lora_B[name]) for name in names]
         if all(bias is None for bias in biases):
             return update

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graftory.errors import RouteError
+from graftory.kernels import Routing
 
 Weight = float | Tensor
 """A number, or a tensor with one number, through which gradients go."""
@@ -35,6 +36,8 @@ class Selection:
         rows: Their numbers, ascending, [E]; None if that is every row.
         index: The number in `slots` of each row's adapters, [E, M]; -1 behind the last of them.
         places: The same as numbers of the site's own places.
+        routing: `index` for the kernels, which keep there what they find out about it.
+        own_routing: The same of `places`.
         weights: The weight of each, [E, M]; None if all are 1.
     """
 
@@ -43,6 +46,12 @@ class Selection:
     index: Tensor
     places: Tensor
     weights: Tensor | None
+    routing: Routing = field(init=False)
+    own_routing: Routing = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "routing", Routing(self.index))
+        object.__setattr__(self, "own_routing", Routing(self.places))
 
     def take(self, x: Tensor) -> Tensor:
         """The inputs of the rows, [E, ...]."""

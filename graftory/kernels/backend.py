@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
+_TRITON = find_spec("triton") is not None  # here, as compilers do not look into the search
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -31,7 +32,7 @@ def resolved(backend: str, *tensors: Tensor, fits: bool = True, wanted: str = ""
     x = tensors[0]
     fits = fits and all(tensor.dtype in _DTYPES for tensor in tensors)
     if backend == "auto":
-        return "triton" if fits and x.is_cuda and find_spec("triton") else "torch"
+        return "triton" if fits and x.is_cuda and _TRITON else "torch"
     if backend == "triton" and not (fits and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
         got = " and ".join(dict.fromkeys(f"{tensor.dtype} on {tensor.device.type}" for tensor in tensors))
         raise ValueError(

@@ -8,6 +8,7 @@ from graftory.kernels.activations import ACTIVATIONS, Activation
 from graftory.kernels.backend import Backend, resolved, working_dtype
 from graftory.kernels.batched_bottleneck.inputs import Inputs
 from graftory.kernels.batched_bottleneck.op import MAX_SIZE, apply
+from graftory.kernels.routing import Routing, routing_of
 from graftory.kernels.shapes import as_rows, check, check_shape
 
 __all__ = ["Activation", "Backend", "batched_bottleneck"]
@@ -20,7 +21,7 @@ def batched_bottleneck(
     up: Tensor,
     up_bias: Tensor,
     scale: Tensor,
-    index: Tensor,
+    index: Tensor | Routing,
     weight: Tensor | None = None,
     *,
     activation: Activation,
@@ -40,7 +41,8 @@ def batched_bottleneck(
         up: U, [K, D, R].
         up_bias: e, [K, D].
         scale: The factor s of each adapter, [K].
-        index: Adapter of each row, [N], or adapters, [N, M], int64; -1 means none, and a row without one gets zeros.
+        index: Adapter of each row, [N], or adapters, [N, M], int64; -1 means none, and a row without one gets zeros. Or
+            a `Routing` of that, which all layers of a forward share.
         weight: Weight of each of them, of index's shape; 1 if not given. Differentiable, as x, D, c, U and e are.
         activation: The name of act, which all K adapters share.
         keep: Multipliers of the hidden units behind act, [N, ..., M R], those of a row's places side by side: a dropout
@@ -56,7 +58,6 @@ def batched_bottleneck(
         ValueError: If the shapes disagree, there is no such activation, or `triton` is asked for where it cannot run.
     """
     check(down.dim() == 3, "down: wanted 3 dimensions")
-    check(index.dim() in (1, 2), "index: wanted [rows] or [rows, places]")
     check(activation in ACTIVATIONS, f"activation: got {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
     k, size, width = down.shape
     check_shape("x", x, (*x.shape[:-1], width))
@@ -65,15 +66,14 @@ def batched_bottleneck(
     check_shape("up_bias", up_bias, (k, width))
     check_shape("scale", scale, (k,))
     check_shape("sizes", sizes, (k,))
-    check_shape("index", index, (x.shape[0], *index.shape[1:]))
-    check_shape("weight", weight, tuple(index.shape))
-    places = index if index.dim() == 2 else index[:, None]
-    check_shape("keep", keep, (*x.shape[:-1], places.shape[1] * size))
+    routing = routing_of(index, x.shape[0])
+    check_shape("weight", weight, tuple(routing.index.shape))
+    check_shape("keep", keep, (*x.shape[:-1], routing.places.shape[1] * size))
     dtype = working_dtype(down)
     rows, shape = as_rows(x.to(dtype))
     down, down_bias, up, up_bias = (tensor.to(dtype) for tensor in (down, down_bias, up, up_bias))
     weights = weight if weight is None or weight.dim() == 2 else weight[:, None]
     kept = None if keep is None else as_rows(keep.detach().to(dtype))[0]
-    inputs = Inputs(rows, down, down_bias, up, up_bias, scale, places, weights, kept, sizes)
+    inputs = Inputs(rows, down, down_bias, up, up_bias, scale, routing.places, weights, kept, sizes)
     chosen = resolved(backend, rows, up, fits=size <= MAX_SIZE, wanted=f"{MAX_SIZE} hidden units at most")
-    return apply(inputs, activation, chosen).reshape(shape)
+    return apply(inputs, activation, routing, chosen).reshape(shape)

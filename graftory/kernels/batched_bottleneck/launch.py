@@ -11,7 +11,8 @@ from torch import Tensor
 from graftory.kernels.batched_bottleneck import kernel
 from graftory.kernels.batched_bottleneck.inputs import Gradients, Inputs, Needed
 from graftory.kernels.gather import factors, of_places
-from graftory.kernels.tiles import Tiles, cut
+from graftory.kernels.routing import Routing
+from graftory.kernels.tiles import Tiles
 
 INTERPRETED = type(kernel.shrink).__name__ == "InterpretedFunction"
 """Whether `TRITON_INTERPRET` was set when the kernels were made: then they run on the CPU, slowly."""
@@ -85,18 +86,20 @@ class _Batch(NamedTuple):
     activation: str
 
 
-def forward(inputs: Inputs, activation: str, *, keep: bool) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, activation: str, routing: Routing, *, keep: bool) -> tuple[Tensor, Tensor]:
     """As `gathered.forward`; Z is [E, R] in fp32, and only made whole if it is to be kept."""
-    batch = _batch_of(inputs, activation)
+    batch = _batch_of(inputs, activation, routing)
     before = _shrink(inputs.down, inputs.down_bias, batch, split=not keep)
     update = _rows(_expand(before, inputs.up.transpose(1, 2), inputs.up_bias, batch), inputs.x, batch.places)
     return update, before[0] if keep else before.new_empty(0)
 
 
-def backward(grad: Tensor, before: Tensor, inputs: Inputs, activation: str, needed: Needed) -> Gradients:
+def backward(
+    grad: Tensor, before: Tensor, inputs: Inputs, activation: str, routing: Routing, needed: Needed
+) -> Gradients:
     """As `gathered.backward`."""
     x, down, _, up, _, scale, index, *_ = inputs
-    batch = _batch_of(inputs, activation)
+    batch = _batch_of(inputs, activation, routing)
     flat = grad.reshape(-1, grad.shape[-1])
     grad_x = grad_down = grad_down_bias = grad_up = grad_up_bias = grad_weight = None
     if needed.x or needed.down or needed.down_bias or needed.weight:
@@ -114,10 +117,11 @@ def backward(grad: Tensor, before: Tensor, inputs: Inputs, activation: str, need
     return Gradients(grad_x, grad_down, grad_down_bias, grad_up, grad_up_bias, grad_weight)
 
 
-def _batch_of(inputs: Inputs, activation: str) -> _Batch:
+def _batch_of(inputs: Inputs, activation: str, routing: Routing) -> _Batch:
     x, down, _, _, _, scale, index, weight, keep, sizes = inputs
     by_row = factors(scale, index, weight, torch.float32)
-    adapter, factor = (values.repeat_interleave(x.shape[1], 0).flatten() for values in (index, by_row))
+    adapter = routing.entries(x.shape[1])
+    factor = by_row[:, None].expand(-1, x.shape[1], -1).flatten()
     blocks = blocks_for(len(adapter), down.shape[0], down.shape[1], down.dtype)
     true = torch.full(down.shape[:1], down.shape[1], device=down.device) if sizes is None else sizes
     return _Batch(
@@ -126,7 +130,7 @@ def _batch_of(inputs: Inputs, activation: str) -> _Batch:
         factor=factor,
         keep=None if keep is None else keep.reshape(len(adapter), down.shape[1]).contiguous(),
         sizes=true.to(torch.int32),
-        tiles=cut(adapter, down.shape[0], blocks.m),
+        tiles=routing.tiles(x.shape[1], down.shape[0], blocks.m),
         blocks=blocks,
         places=index.shape[1],
         activation=activation,

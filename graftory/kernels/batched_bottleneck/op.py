@@ -11,40 +11,43 @@ from torch.autograd.function import once_differentiable
 from graftory.kernels.backend import learns
 from graftory.kernels.batched_bottleneck import gathered
 from graftory.kernels.batched_bottleneck.inputs import Gradients, Inputs, Needed
+from graftory.kernels.routing import Routing
 
 MAX_SIZE = 256
 """Most hidden units of an adapter that the kernels take."""
 
 
-def run_forward(inputs: Inputs, activation: str, backend: str, *, keep: bool) -> tuple[Tensor, Tensor]:
+def run_forward(
+    inputs: Inputs, activation: str, routing: Routing, backend: str, *, keep: bool
+) -> tuple[Tensor, Tensor]:
     """The update, and what the backward needs of it."""
     if backend == "torch":
         return gathered.forward(inputs, activation)
     from graftory.kernels.batched_bottleneck import launch
 
-    return launch.forward(inputs, activation, keep=keep)
+    return launch.forward(inputs, activation, routing, keep=keep)
 
 
 def run_backward(
-    grad: Tensor, before: Tensor, inputs: Inputs, activation: str, backend: str, needed: Needed
+    grad: Tensor, before: Tensor, inputs: Inputs, activation: str, routing: Routing, backend: str, needed: Needed
 ) -> Gradients:
     """The gradients that are needed."""
     if backend == "torch":
         return gathered.backward(grad, before, inputs, activation, needed)
     from graftory.kernels.batched_bottleneck import launch
 
-    return launch.backward(grad, before, inputs, activation, needed)
+    return launch.backward(grad, before, inputs, activation, routing, needed)
 
 
 class BatchedBottleneck(torch.autograd.Function):
     """The operation in eager mode: no detour through the dispatcher, which costs as much as a small product."""
 
     @staticmethod
-    def forward(ctx: Any, activation: str, backend: str, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, activation: str, routing: Routing, backend: str, *inputs: Any) -> Tensor:
         """See `batched_bottleneck`; the inputs are those of `Inputs`."""
-        update, before = run_forward(Inputs(*inputs), activation, backend, keep=True)
+        update, before = run_forward(Inputs(*inputs), activation, routing, backend, keep=True)
         ctx.save_for_backward(before, *inputs)
-        ctx.names = activation, backend
+        ctx.how = activation, routing, backend
         return update
 
     @staticmethod
@@ -52,11 +55,11 @@ class BatchedBottleneck(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `gathered.backward`."""
         before, *inputs = ctx.saved_tensors
-        x, down, down_bias, up, up_bias, _, _, weight, _, _ = ctx.needs_input_grad[2:]
-        activation, backend = ctx.names
+        x, down, down_bias, up, up_bias, _, _, weight, _, _ = ctx.needs_input_grad[3:]
         needed = Needed(x, down, down_bias, up, up_bias, weight)
-        found = run_backward(grad, before, Inputs(*inputs), activation, backend, needed)
-        return None, None, *found[:5], None, None, found.weight, None, None
+        activation, routing, backend = ctx.how
+        found = run_backward(grad, before, Inputs(*inputs), activation, routing, backend, needed)
+        return None, None, None, *found[:5], None, None, found.weight, None, None
 
 
 _INPUTS = (
@@ -67,8 +70,9 @@ _INPUTS = (
 
 @torch.library.custom_op("graftory::batched_bottleneck", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *inputs, activation, backend = arguments
-    update, before = run_forward(Inputs(*inputs), activation, backend, keep=True)
+    *tensors, activation, backend = arguments
+    inputs = Inputs(*tensors)
+    update, before = run_forward(inputs, activation, Routing(inputs.adapter), backend, keep=True)
     return update.contiguous(), before.contiguous()
 
 
@@ -92,7 +96,7 @@ def _backward_op(grad: Tensor, before: Tensor, *arguments: Any) -> tuple[Tensor,
     *tensors, activation, backend = arguments
     inputs = Inputs(*tensors)
     needed = Needed(True, True, True, True, True, inputs.weight is not None)
-    found = run_backward(grad, before, inputs, activation, backend, needed)
+    found = run_backward(grad, before, inputs, activation, Routing(inputs.adapter), backend, needed)
     return tuple(grad.new_empty(0) if each is None else each.contiguous() for each in found)
 
 
@@ -120,12 +124,12 @@ def _derive(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 _op.register_autograd(_derive, setup_context=_keep)
 
 
-def apply(inputs: Inputs, activation: str, backend: str) -> Tensor:
+def apply(inputs: Inputs, activation: str, routing: Routing, backend: str) -> Tensor:
     """The operation, by the way that suits who calls it; straight to the numbers where nothing learns."""
     if torch.compiler.is_compiling():
         update: Tensor = _op(*inputs, activation, backend)[0]
         return update
     if not learns(inputs):
-        return run_forward(inputs, activation, backend, keep=False)[0]
-    made: Tensor = BatchedBottleneck.apply(activation, backend, *inputs)  # type: ignore[no-untyped-call]
+        return run_forward(inputs, activation, routing, backend, keep=False)[0]
+    made: Tensor = BatchedBottleneck.apply(activation, routing, backend, *inputs)  # type: ignore[no-untyped-call]
     return made

@@ -12,6 +12,7 @@ from graftory.kernels.batched_head import kernel
 from graftory.kernels.batched_head.inputs import Gradients, Inputs, Needed
 from graftory.kernels.batched_lora import inputs as lora
 from graftory.kernels.batched_lora import launch
+from graftory.kernels.routing import Routing
 
 CHUNK = 128
 """Outputs at a time."""
@@ -55,12 +56,13 @@ def backward(grad: Tensor, inputs: Inputs, needed: Needed) -> Gradients:
 def _chunks(inputs: Inputs) -> Iterator[tuple[slice, launch.Batch]]:
     """Some outputs, and the batch with the heads' sizes among them as its ranks."""
     x, weight, _, index, sizes = inputs
+    routing = Routing(index)
     scale = torch.ones(len(sizes), device=x.device)
     for first in range(0, weight.shape[1], CHUNK):
         outputs = slice(first, min(first + CHUNK, weight.shape[1]))
         ranks = (sizes - first).clamp(0, outputs.stop - first)
         matrices = weight[:, outputs]
-        yield outputs, launch.batch_of(lora.Inputs(x, matrices, matrices, scale, index[:, None], None, ranks))
+        yield outputs, launch.batch_of(lora.Inputs(x, matrices, matrices, scale, routing.places, None, ranks), routing)
 
 
 def _finish(hidden: Tensor, bias: Tensor | None, batch: launch.Batch, fill: float, out: Tensor) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from graftory.kernels.backend import Backend, resolved, working_dtype
 from graftory.kernels.batched_lora.inputs import Inputs
 from graftory.kernels.batched_lora.op import MAX_RANK, apply
+from graftory.kernels.routing import Routing, routing_of
 from graftory.kernels.shapes import as_rows, check, check_shape
 
 __all__ = ["Backend", "batched_lora"]
@@ -17,7 +18,7 @@ def batched_lora(
     a: Tensor,
     b: Tensor,
     scale: Tensor,
-    index: Tensor,
+    index: Tensor | Routing,
     weight: Tensor | None = None,
     *,
     ranks: Tensor | None = None,
@@ -33,7 +34,8 @@ def batched_lora(
         a: Down projections, [K, R, D_in]; lower ranks are padded with zeros.
         b: Up projections, [K, D_out, R].
         scale: The factor s of each adapter, [K].
-        index: Adapter of each row, [N], or adapters, [N, M], int64; -1 means none, and a row without one gets zeros.
+        index: Adapter of each row, [N], or adapters, [N, M], int64; -1 means none, and a row without one gets zeros. Or
+            a `Routing` of that, which all layers of a forward share.
         weight: Weight of each of them, of index's shape; 1 if not given. Differentiable, as x, a and b are.
         ranks: True rank of each adapter, [K]; R if not given. It saves work on a GPU.
         backend: `torch` (gather and batched products, anywhere), `triton` (a GPU), or `auto`: the latter where it runs.
@@ -48,15 +50,13 @@ def batched_lora(
     k, rank, width = a.shape
     if b.shape[::2] != (k, rank) or x.shape[-1] != width:
         raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)} do not fit each other and x {tuple(x.shape)}")
-    check(index.dim() in (1, 2), "index: wanted [rows] or [rows, places]")
-    check_shape("index", index, (x.shape[0], *index.shape[1:]))
+    routing = routing_of(index, x.shape[0])
     check_shape("scale", scale, (k,))
-    check_shape("weight", weight, tuple(index.shape))
+    check_shape("weight", weight, tuple(routing.index.shape))
     check_shape("ranks", ranks, (k,))
     dtype = working_dtype(a)
     rows, shape = as_rows(x.to(dtype))
-    places = index if index.dim() == 2 else index[:, None]
     weights = weight if weight is None or weight.dim() == 2 else weight[:, None]
-    inputs = Inputs(rows, a.to(dtype), b.to(dtype), scale, places, weights, ranks)
+    inputs = Inputs(rows, a.to(dtype), b.to(dtype), scale, routing.places, weights, ranks)
     chosen = resolved(backend, rows, fits=a.shape[1] <= MAX_RANK, wanted=f"rank {MAX_RANK} at most")
-    return apply(inputs, chosen).reshape(*shape[:-1], b.shape[1])
+    return apply(inputs, routing, chosen).reshape(*shape[:-1], b.shape[1])

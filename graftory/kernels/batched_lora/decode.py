@@ -19,6 +19,7 @@ def shrink(
     factor_matrix: tl.tensor,
     out: tl.tensor,
     adapter_of: tl.tensor,
+    row_entries: tl.tensor,
     ranks: tl.tensor,
     columns: tl.tensor,
     adapters: tl.tensor,
@@ -43,7 +44,8 @@ def shrink(
     With `columns`, slice s takes its own columns of x and of M. Entries without an adapter are not written.
     """
     entry, part, slice_ = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    adapter = tl.load(adapter_of + entry)
+    place = entry // row_entries * places + entry % places
+    adapter = tl.load(adapter_of + place)
     factor_matrix += slice_ * m_slice
     if columns is not None:
         first_column = tl.load(columns + slice_) * unit
@@ -77,7 +79,9 @@ def expand(
     out: tl.tensor,
     adapter_of: tl.tensor,
     ranks: tl.tensor,
-    factor: tl.tensor,
+    scale: tl.tensor,
+    weight: tl.tensor,
+    row_entries: tl.tensor,
     columns: tl.tensor,
     adapters: tl.tensor,
     width: tl.tensor,
@@ -89,18 +93,20 @@ def expand(
     m_rank: tl.tensor,
     m_column: tl.tensor,
     out_entry: tl.tensor,
+    places: tl.constexpr,
     slices: tl.constexpr,
     parts: tl.constexpr,
     unit: tl.constexpr,
     block_r: tl.constexpr,
     block_d: tl.constexpr,
 ) -> None:
-    """out[e, d] = f[e] Σ_sr hidden[s, e, r] M_sk[r, d]; exact zeros for entries without an adapter.
+    """out[e, d] = s_k w[e] Σ_sr hidden[s, e, r] M_sk[r, d]; exact zeros for entries without an adapter.
 
     The sum is over `slices` of them, 1 with `columns`: then slice s makes its own columns of `out`, from those of M.
     """
     entry, slice_ = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
-    adapter = tl.load(adapter_of + entry)
+    place = entry // row_entries * places + entry % places
+    adapter = tl.load(adapter_of + place)
     if columns is not None:
         first_column = tl.load(columns + slice_) * unit
         width = tl.load(columns + slice_ + 1) * unit - first_column
@@ -111,11 +117,13 @@ def expand(
         total = tl.zeros((block_d,), dtype=tl.float32)
         if adapter >= 0:
             r = tl.arange(0, block_r)
-            scale = tl.load(factor + entry)
+            factor = tl.load(scale + adapter).to(tl.float32)
+            if weight is not None:
+                factor *= tl.load(weight + place).to(tl.float32)
             for each in range(slices):
                 rank = tl.load(ranks + (slice_ + each) * adapters + adapter)
                 row = tl.zeros((block_r,), dtype=tl.float32)
-                for part in range(parts):
+                for part in tl.static_range(parts):  # all are read at once, not one after the other
                     row += tl.load(
                         hidden + (slice_ + each) * hidden_slice + part * hidden_part + entry * rank_stride + r,
                         mask=(r < rank),
@@ -130,5 +138,5 @@ def expand(
                     mask=(r < rank)[:, None] & (d < width)[None, :],
                     other=0.0,
                 )
-                total += tl.sum((row * scale)[:, None] * matrix.to(tl.float32), 0)
+                total += tl.sum((row * factor)[:, None] * matrix.to(tl.float32), 0)
         tl.store(out + entry * out_entry + d, total, mask=(d < width))

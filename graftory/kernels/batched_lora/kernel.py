@@ -109,7 +109,9 @@ def expand(
     tile_start: tl.tensor,
     tile_end: tl.tensor,
     ranks: tl.tensor,
-    factor: tl.tensor,
+    scale: tl.tensor,
+    weight: tl.tensor,
+    row_entries: tl.tensor,
     columns: tl.tensor,
     adapters: tl.tensor,
     width: tl.tensor,
@@ -121,6 +123,7 @@ def expand(
     m_rank: tl.tensor,
     m_column: tl.tensor,
     out_entry: tl.tensor,
+    places: tl.constexpr,
     slices: tl.constexpr,
     parts: tl.constexpr,
     unit: tl.constexpr,
@@ -130,7 +133,7 @@ def expand(
     precision: tl.constexpr,
     upcast: tl.constexpr,
 ) -> None:
-    """out[e, d] = f[e] Σ_sr hidden[s, e, r] M_sk[r, d]; exact zeros for entries without an adapter.
+    """out[e, d] = s_k w[e] Σ_sr hidden[s, e, r] M_sk[r, d]; exact zeros for entries without an adapter.
 
     The sum is over `slices` of them, 1 with `columns`: then slice s makes its own columns of `out`, from those of M.
     """
@@ -150,12 +153,15 @@ def expand(
         total = tl.zeros((block_m, block_d), dtype=tl.float32)
         if adapter >= 0:
             r = tl.arange(0, block_r)
-            scale = tl.load(factor + entry, mask=inside, other=0.0)
+            factor = tl.load(scale + adapter).to(tl.float32)
+            if weight is not None:
+                place = entry // row_entries * places + entry % places
+                factor *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)[:, None]
             for each in range(slices):
                 rank = tl.load(ranks + (slice_ + each) * adapters + adapter)
                 known = inside[:, None] & (r < rank)[None, :]
                 rows = tl.zeros((block_m, block_r), dtype=tl.float32)
-                for part in range(parts):
+                for part in tl.static_range(parts):  # all are read at once, not one after the other
                     rows += tl.load(
                         hidden
                         + (slice_ + each) * hidden_slice
@@ -165,7 +171,7 @@ def expand(
                         mask=known,
                         other=0.0,
                     )
-                rows = rows * scale[:, None]
+                rows = rows * factor
                 matrix = tl.load(
                     factor_matrix
                     + (slice_ + each) * m_slice
@@ -193,7 +199,9 @@ def outer(
     order: tl.tensor,
     offsets: tl.tensor,
     ranks: tl.tensor,
-    factor: tl.tensor,
+    scale: tl.tensor,
+    weight: tl.tensor,
+    row_entries: tl.tensor,
     columns: tl.tensor,
     adapters: tl.tensor,
     width: tl.tensor,
@@ -215,13 +223,14 @@ def outer(
     precision: tl.constexpr,
     upcast: tl.constexpr,
 ) -> None:
-    """out[part, s, k, r, d] = Σ_e f[e] hidden[s, e, r] x[token(e), d] over this part's entries e of adapter k.
+    """out[part, s, k, r, d] = s_k Σ_e w[e] hidden[s, e, r] x[token(e), d] over this part's entries e of adapter k.
 
     They are added in their order. With `columns`, slice s takes its own columns of x, and makes those of `out`.
     """
     adapter, part, slice_ = tl.program_id(0).to(tl.int64), tl.program_id(2) % parts, tl.program_id(2) // parts
     start, end = tl.load(offsets + adapter), tl.load(offsets + adapter + 1)
     rank = tl.load(ranks + slice_ * adapters + adapter)
+    factor = tl.load(scale + adapter).to(tl.float32)
     hidden += slice_.to(tl.int64) * hidden_slice
     out += slice_.to(tl.int64) * out_slice
     if columns is not None:
@@ -243,7 +252,10 @@ def outer(
             mask=inside[None, :] & (r < rank)[:, None],
             other=0.0,
         )
-        rows = rows * tl.load(factor + entry, mask=inside, other=0.0)[None, :]
+        rows *= factor
+        if weight is not None:
+            place = entry // row_entries * places + entry % places
+            rows *= tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)[None, :]
         numbers = tl.load(
             x + (entry // places)[:, None] * x_token + d[None, :] * x_column,
             mask=inside[:, None] & (d < width)[None, :],

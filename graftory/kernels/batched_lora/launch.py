@@ -11,45 +11,72 @@ import triton
 from torch import Tensor
 
 from graftory.kernels.batched_lora import decode, kernel
-from graftory.kernels.batched_lora.gathered import factors, weight_gradient
+from graftory.kernels.batched_lora.gathered import weight_gradient
 from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
-from graftory.kernels.tiles import Tiles, cut
+from graftory.kernels.routing import Routing
+from graftory.kernels.tiles import Tiles
 
 INTERPRETED = type(kernel.shrink).__name__ == "InterpretedFunction"
 """Whether `TRITON_INTERPRET` was set when the kernels were made: then they run on the CPU, slowly."""
-_PROGRAMS = 128
-"""From about so many programs on a GPU is busy; below it, sums are split."""
+MAX_PARTS = 32
+"""Of a sum: a program of `expand` reads them all."""
 
 
-class Blocks(NamedTuple):
-    """Sizes of a kernel's blocks: entries, hidden units, columns; and its warps."""
+class Block(NamedTuple):
+    """Sizes of a kernel's block: entries, columns; and its warps."""
 
     m: int
-    r: int
     d: int
     warps: int
 
 
-def blocks_for(entries: int, adapters: int, rank: int, dtype: torch.dtype) -> Blocks:
-    """Small blocks where an adapter has few entries (decoding), larger ones for prefill.
+class Blocks(NamedTuple):
+    """Hidden units, all of an adapter; the blocks of each kernel; and how many programs keep a GPU busy.
 
-    From rank 128 on larger ones have too few registers: `tests/test_kernels_compile.py` looks at what is spilled.
+    With fewer of them the sum of `shrink` is split; `shrink` and `expand` have entries alike, as they have tiles alike.
+    """
+
+    r: int
+    shrink: Block
+    expand: Block
+    outer: Block
+    programs: int
+
+
+def blocks_for(entries: int, adapters: int, rank: int, dtype: torch.dtype) -> Blocks:
+    """As they were fastest on an H100, as far as registers last: `tests/test_kernels_compile.py` looks for spills.
+
+    Few entries, or few an adapter (decoding), are taken 16 at a time, more of them 32 or 64 at a time.
     """
     r = max(16, triton.next_power_of_2(rank))
-    large = r > 128 or (r == 128 and dtype == torch.float32)
-    small = entries <= 32 * min(adapters, entries) or large
+    full = dtype == torch.float32
+    if r > 128 or (r == 128 and full):
+        warps = 8
+        return Blocks(r, Block(16, 32, warps), Block(16, 32, warps), Block(16, 32, warps), 64)
+    each = entries // max(1, min(adapters, entries))
+    m = next((size for size in (64, 32) if entries >= 32 * size and each >= size), 16)
+    d, warps = (64 if full else 128), (8 if m * r >= 64 * 64 else 4)
     return Blocks(
-        m=16 if small else 64,
         r=r,
-        d=32 if large else 128 if r <= 32 else 64,
-        warps=8 if r > 128 or (r == 128 and not small) else 4,
+        shrink=Block(m, d, warps),
+        expand=Block(m, (64 if full else 128) if r < 128 else 256, 4 if r <= 32 else 8),
+        outer=Block(16 if m == 16 else 64, 128 if r <= 32 else 64, 8 if r == 128 and m > 16 else 4),
+        programs=64 if r == 128 else 128,
     )
 
 
+def expand_block(blocks: Blocks, slices: int) -> Block:
+    """That of `expand`; where it sums over slices and adapters are large, a narrower one, for its registers."""
+    block = blocks.expand
+    return block if slices == 1 or blocks.r < 128 else block._replace(d=min(block.d, 64))
+
+
 def single_blocks_for(rank: int) -> Blocks:
-    """Of the kernels that take one entry at a time: 4096 numbers of a matrix, or 32 columns."""
+    """Of the kernels that take one entry at a time; there is no `outer` of them."""
     r = triton.next_power_of_2(rank)
-    return Blocks(m=1, r=r, d=max(32, min(512, 4096 // r)), warps=8 if r > 128 else 4)
+    shrink = Block(1, 256 if r <= 32 else 128 if r <= 128 else 64, 8 if r > 128 else 4)
+    expand = Block(1, 256 if r <= 32 else 64, 8 if r > 128 else 4)
+    return Blocks(r, shrink, expand, expand, 256)
 
 
 class Columns(NamedTuple):
@@ -80,61 +107,91 @@ class Batch:
 
     Attributes:
         tokens: x, [N T, D].
-        adapter: Of each entry, [E] with E = N T M.
-        factor: f of each entry, [E], fp32.
-        ranks: [S, K], int32; S = 1 where there are no slices.
-        places: M.
+        routing: Which adapters each row uses, at M places.
+        each: T.
+        scale: [K].
+        weight: [N, M] in one piece, or None.
+        ranks: [S, K]; S = 1 where there are no slices.
         blocks: Sizes.
     """
 
     tokens: Tensor
-    adapter: Tensor
-    factor: Tensor
+    routing: Routing
+    each: int
+    scale: Tensor
+    weight: Tensor | None
     ranks: Tensor
-    places: int
     blocks: Blocks
 
     @cached_property
     def tiles(self) -> Tiles:
         """The entries, cut; not made where every entry is taken alone."""
-        return cut(self.adapter, self.ranks.shape[1], self.blocks.m)
+        return self.routing.tiles(self.each, self.ranks.shape[1], self.blocks.shrink.m)
+
+    @property
+    def places(self) -> int:
+        """M."""
+        return self.routing.places.shape[1]
+
+    @property
+    def row_entries(self) -> int:
+        """T M."""
+        return self.each * self.places
+
+    @property
+    def entries(self) -> int:
+        """E = N T M."""
+        return len(self.routing.places) * self.row_entries
+
+    @property
+    def adapter(self) -> Tensor:
+        """Of each entry, [E]."""
+        return self.routing.entries(self.each)
 
     @property
     def single(self) -> bool:
         """Whether every entry is taken alone: there are no more of them than adapters. The index is not asked."""
-        return len(self.adapter) <= self.ranks.shape[1]
+        return self.entries <= self.ranks.shape[1]
 
 
-def batch_of(inputs: Inputs) -> Batch:
+def batch_of(inputs: Inputs, routing: Routing) -> Batch:
     """How a batch is run; a is [K, R, D_in] or [S, K, R, D_in], and ranks of its first dimensions or [K]."""
-    x, a, _, scale, index, weight, ranks = inputs
-    by_row = factors(scale, index, weight, torch.float32)
-    adapter, factor = (values.repeat_interleave(x.shape[1], 0).flatten() for values in (index, by_row))
+    x, a, _, scale, _, weight, ranks = inputs
     adapters, rank = a.shape[-3:-1]
     slices = a.shape[0] if a.dim() == 4 else 1
-    true = torch.full((slices, adapters), rank, device=a.device) if ranks is None else ranks
+    if ranks is None:
+        true = whole_rank(slices, adapters, rank, a.device)
+    else:
+        true = ranks.expand(slices, adapters).contiguous()
     return Batch(
         tokens=x.reshape(-1, x.shape[-1]),
-        adapter=adapter,
-        factor=factor,
-        ranks=true.to(torch.int32).expand(slices, adapters).contiguous(),
-        places=index.shape[1],
-        blocks=blocks_for(len(adapter), adapters, rank, a.dtype),
+        routing=routing,
+        each=x.shape[1],
+        scale=scale.contiguous(),
+        weight=None if weight is None else weight.contiguous(),
+        ranks=true,
+        blocks=blocks_for(routing.places.numel() * x.shape[1], adapters, rank, a.dtype),
     )
 
 
-def forward(inputs: Inputs, *, keep: bool) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=256)
+def whole_rank(slices: int, adapters: int, rank: int, device: torch.device) -> Tensor:
+    """[S, K]: every adapter's rank is all there is room for. Kept, as columns are."""
+    return torch.full((slices, adapters), rank, dtype=torch.int32, device=device)
+
+
+def forward(inputs: Inputs, routing: Routing, *, keep: bool) -> tuple[Tensor, Tensor]:
     """As `gathered.forward`; S is [E, R] in fp32, and only made whole if it is to be kept."""
-    batch = batch_of(inputs)
+    batch = batch_of(inputs, routing)
     hidden = shrink(batch.tokens, inputs.a[None], batch, split=not keep)
     update = rows_of(expand(hidden, inputs.b.transpose(1, 2)[None], batch), inputs.x)
     return update, hidden[0, 0] if keep else hidden.new_empty(0)
 
 
-def backward(grad: Tensor, hidden: Tensor, inputs: Inputs, needed: Needed) -> Gradients:
+def backward(grad: Tensor, hidden: Tensor, inputs: Inputs, routing: Routing, needed: Needed) -> Gradients:
     """As `gathered.backward`."""
     x, a, b = inputs[:3]
-    batch, flat = batch_of(inputs), grad.reshape(-1, grad.shape[-1])
+    batch, flat = batch_of(inputs, routing), grad.reshape(-1, grad.shape[-1])
     inner = shrink(flat, b.transpose(1, 2)[None], batch, split=False)
     grad_x = grad_a = grad_b = None
     if needed.x:
@@ -174,13 +231,22 @@ def rows_of(entries: Tensor, x: Tensor) -> Tensor:
     return total.view(rows, tokens, width)
 
 
+def parts_for(tiles: int, blocks: Blocks, width: int) -> int:
+    """In how many parts the sum of `shrink` is taken, a power of two: few programs leave a GPU idle."""
+    parts = max(1, min(MAX_PARTS, blocks.programs // max(1, tiles), width // blocks.shrink.d))
+    return 1 << (parts.bit_length() - 1)
+
+
 def shrink(x: Tensor, matrix: Tensor, batch: Batch, *, split: bool, columns: Columns | None = None) -> Tensor:
-    """S in parts, [S, parts, E, R] in fp32, for matrices [S, K, R, D]; with `columns`, D holds slices, as x does."""
-    entries, slices = len(batch.adapter), len(batch.ranks)
+    """S, [S, parts, E, R] in fp32, for matrices [S, K, R, D]; with `columns`, D holds slices, as x does.
+
+    With `split` it is left in parts, as `expand` takes it; else there is one.
+    """
+    entries, slices = batch.entries, len(batch.ranks)
     rank, width = matrix.shape[2], columns.widest if columns else matrix.shape[3]
     blocks = single_blocks_for(rank) if batch.single else batch.blocks
-    programs = slices * (entries if batch.single else len(batch.tiles.adapter))
-    parts = max(1, min(8, _PROGRAMS // max(1, programs), width // (2 * blocks.d))) if split else 1
+    block = blocks.shrink
+    parts = parts_for(slices * triton.cdiv(entries, block.m), blocks, width)
     out = empty((slices, parts, entries, rank), torch.float32, x.device)
     if not entries:
         return out
@@ -192,17 +258,17 @@ def shrink(x: Tensor, matrix: Tensor, batch: Batch, *, split: bool, columns: Col
     )  # fmt: skip
     if batch.single:
         decode.shrink[(entries, parts, slices)](
-            x, matrix, out, batch.adapter, *sizes,
-            places=batch.places, parts=parts, unit=unit, block_r=blocks.r, block_d=blocks.d, num_warps=blocks.warps,
+            x, matrix, out, batch.routing.places, batch.row_entries, *sizes,
+            places=batch.places, parts=parts, unit=unit, block_r=blocks.r, block_d=block.d, num_warps=block.warps,
         )  # fmt: skip
-        return out
+        return out if split or parts == 1 else out.sum(1, keepdim=True)
     tiles = batch.tiles
     kernel.shrink[(len(tiles.adapter), parts, slices)](
         x, matrix, out, tiles.order, tiles.adapter, tiles.start, tiles.end, *sizes,
-        places=batch.places, parts=parts, unit=unit, block_m=blocks.m, block_r=blocks.r, block_d=blocks.d,
-        precision="ieee", upcast=INTERPRETED, num_warps=blocks.warps,
+        places=batch.places, parts=parts, unit=unit, block_m=block.m, block_r=blocks.r, block_d=block.d,
+        precision="ieee", upcast=INTERPRETED, num_warps=block.warps,
     )  # fmt: skip
-    return out
+    return out if split or parts == 1 else out.sum(1, keepdim=True)
 
 
 def expand(
@@ -221,21 +287,25 @@ def expand(
     starts, unit = (columns.starts, columns.unit) if columns else (None, 1)
     summed, apart = (1, slices) if columns else (slices, 1)
     sizes = (
-        batch.ranks, batch.factor, starts, batch.ranks.shape[1], width, rank, *hidden.stride()[:2],
+        batch.ranks, batch.scale, batch.weight, batch.row_entries, starts, batch.ranks.shape[1], width, rank,
+        *hidden.stride()[:2],
         0 if columns else matrix.stride(0), *matrix.stride()[1:], width,
     )  # fmt: skip
-    across = triton.cdiv(columns.widest if columns else width, blocks.d)
+    block = expand_block(blocks, summed)
+    across = triton.cdiv(columns.widest if columns else width, block.d)
     if batch.single:
         decode.expand[(entries, across, apart)](
-            hidden, matrix, out, batch.adapter, *sizes,
-            slices=summed, parts=parts, unit=unit, block_r=blocks.r, block_d=blocks.d, num_warps=blocks.warps,
+            hidden, matrix, out, batch.routing.places, *sizes,
+            places=batch.places, slices=summed, parts=parts, unit=unit, block_r=blocks.r, block_d=block.d,
+            num_warps=block.warps,
         )  # fmt: skip
         return out
     tiles = batch.tiles
     kernel.expand[(len(tiles.adapter), across, apart)](
         hidden, matrix, out, tiles.order, tiles.adapter, tiles.start, tiles.end, *sizes,
-        slices=summed, parts=parts, unit=unit, block_m=blocks.m, block_r=blocks.r, block_d=blocks.d,
-        precision="ieee", upcast=INTERPRETED, num_warps=blocks.warps, num_stages=1,
+        places=batch.places, slices=summed, parts=parts, unit=unit,
+        block_m=block.m, block_r=blocks.r, block_d=block.d,
+        precision="ieee", upcast=INTERPRETED, num_warps=block.warps, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -245,19 +315,20 @@ def outer(hidden: Tensor, x: Tensor, out: Tensor, batch: Batch, *, columns: Colu
 
     Here `hidden` is [S, E, R]. With `columns`, x [., D] and `out` [1, K, R, D] hold the slices side by side.
     """
-    tiles, blocks, slices = batch.tiles, batch.blocks, len(hidden)
+    tiles, block, slices = batch.tiles, batch.blocks.outer, len(hidden)
     _, adapters, rank, width = out.shape
-    across = triton.cdiv(columns.widest if columns else width, blocks.d)
+    across = triton.cdiv(columns.widest if columns else width, block.d)
     programs = max(1, slices * adapters * across)
-    parts = max(1, min(8, _PROGRAMS // programs, len(tiles.order) // (adapters * 8 * blocks.m)))
+    parts = max(1, min(8, batch.blocks.programs // programs, len(tiles.order) // (adapters * 8 * block.m)))
     partial = out[None] if parts == 1 else empty((parts, *out.shape), torch.float32, out.device)
     starts, unit = (columns.starts, columns.unit) if columns else (None, 1)
     out_part, out_slice, *out_strides = partial.stride()
     kernel.outer[(adapters, across, parts * slices)](
-        hidden, x, partial, tiles.order, tiles.offsets, batch.ranks, batch.factor, starts,
-        adapters, width, rank, hidden.stride(0), *x.stride(), out_part, 0 if columns else out_slice, *out_strides,
-        places=batch.places, parts=parts, unit=unit, block_m=blocks.m, block_r=blocks.r, block_d=blocks.d,
-        precision="ieee", upcast=INTERPRETED, num_warps=blocks.warps, num_stages=1,
+        hidden, x, partial, tiles.order, tiles.offsets, batch.ranks, batch.scale, batch.weight,
+        batch.row_entries, starts, adapters, width, rank, hidden.stride(0), *x.stride(),
+        out_part, 0 if columns else out_slice, *out_strides,
+        places=batch.places, parts=parts, unit=unit, block_m=block.m, block_r=batch.blocks.r, block_d=block.d,
+        precision="ieee", upcast=INTERPRETED, num_warps=block.warps, num_stages=1,
     )  # fmt: skip
     if parts > 1:
         out.copy_(partial.sum(0))

@@ -11,40 +11,43 @@ from torch.autograd.function import once_differentiable
 from graftory.kernels.backend import learns
 from graftory.kernels.batched_lora import gathered
 from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
+from graftory.kernels.routing import Routing
 
 MAX_RANK = 256
 """Of the kernels."""
 
 
-def run_forward(inputs: Inputs, backend: str, *, keep: bool) -> tuple[Tensor, Tensor]:
+def run_forward(inputs: Inputs, routing: Routing, backend: str, *, keep: bool) -> tuple[Tensor, Tensor]:
     """The update, and what the backward needs of it."""
     if backend == "torch":
         return gathered.forward(inputs)
     from graftory.kernels.batched_lora import launch
 
-    return launch.forward(inputs, keep=keep)
+    return launch.forward(inputs, routing, keep=keep)
 
 
-def run_backward(grad: Tensor, hidden: Tensor, inputs: Inputs, backend: str, needed: Needed) -> Gradients:
+def run_backward(
+    grad: Tensor, hidden: Tensor, inputs: Inputs, routing: Routing, backend: str, needed: Needed
+) -> Gradients:
     """Gradients of x, a, b and weight."""
     if backend == "torch":
         return gathered.backward(grad, hidden, inputs, needed)
     from graftory.kernels.batched_lora import launch
 
-    return launch.backward(grad, hidden, inputs, needed)
+    return launch.backward(grad, hidden, inputs, routing, needed)
 
 
 class BatchedLora(torch.autograd.Function):
     """The operation in eager mode: no detour through the dispatcher, which costs as much as a small product."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, routing: Routing, backend: str, *inputs: Any) -> Tensor:
         """See `batched_lora`; the inputs are those of `Inputs`."""
         keep = any(ctx.needs_input_grad)
-        update, hidden = run_forward(Inputs(*inputs), backend, keep=keep)
+        update, hidden = run_forward(Inputs(*inputs), routing, backend, keep=keep)
         if keep:
             ctx.save_for_backward(hidden, *inputs)
-            ctx.backend = backend
+            ctx.routing, ctx.backend = routing, backend
         return update
 
     @staticmethod
@@ -52,9 +55,9 @@ class BatchedLora(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `gathered.backward`."""
         hidden, *inputs = ctx.saved_tensors
-        _, x, a, b, _, _, weight, _ = ctx.needs_input_grad
-        found = run_backward(grad, hidden, Inputs(*inputs), ctx.backend, Needed(x, a, b, weight))
-        return None, found.x, found.a, found.b, None, None, found.weight, None
+        _, _, x, a, b, _, _, weight, _ = ctx.needs_input_grad
+        found = run_backward(grad, hidden, Inputs(*inputs), ctx.routing, ctx.backend, Needed(x, a, b, weight))
+        return None, None, found.x, found.a, found.b, None, None, found.weight, None
 
 
 _INPUTS = "Tensor x, Tensor a, Tensor b, Tensor scale, Tensor index, Tensor? weight, Tensor? ranks, str backend"
@@ -62,8 +65,9 @@ _INPUTS = "Tensor x, Tensor a, Tensor b, Tensor scale, Tensor index, Tensor? wei
 
 @torch.library.custom_op("graftory::batched_lora", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *inputs, backend = arguments
-    update, hidden = run_forward(Inputs(*inputs), backend, keep=True)
+    *tensors, backend = arguments
+    inputs = Inputs(*tensors)
+    update, hidden = run_forward(inputs, Routing(inputs.adapter), backend, keep=True)
     return update.contiguous(), hidden.contiguous()
 
 
@@ -87,7 +91,7 @@ def _backward_op(grad: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor,
     *tensors, backend = arguments
     inputs = Inputs(*tensors)
     needed = Needed(True, True, True, inputs.weight is not None)
-    found = run_backward(grad, hidden, inputs, backend, needed)
+    found = run_backward(grad, hidden, inputs, Routing(inputs.adapter), backend, needed)
     return tuple(grad.new_empty(0) if each is None else each.contiguous() for each in found)
 
 
@@ -113,12 +117,12 @@ def _derive(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 _op.register_autograd(_derive, setup_context=_keep)
 
 
-def apply(inputs: Inputs, backend: str) -> Tensor:
+def apply(inputs: Inputs, routing: Routing, backend: str) -> Tensor:
     """The operation, by the way that suits who calls it."""
     if torch.compiler.is_compiling():
         update: Tensor = _op(*inputs, backend)[0]
         return update
     if not learns(inputs):
-        return run_forward(inputs, backend, keep=False)[0]
-    made: Tensor = BatchedLora.apply(backend, *inputs)  # type: ignore[no-untyped-call]
+        return run_forward(inputs, routing, backend, keep=False)[0]
+    made: Tensor = BatchedLora.apply(routing, backend, *inputs)  # type: ignore[no-untyped-call]
     return made

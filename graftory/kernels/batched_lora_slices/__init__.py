@@ -10,6 +10,7 @@ from graftory.kernels.backend import Backend, resolved, working_dtype
 from graftory.kernels.batched_lora.inputs import Inputs
 from graftory.kernels.batched_lora.op import MAX_RANK
 from graftory.kernels.batched_lora_slices.op import apply
+from graftory.kernels.routing import Routing, routing_of
 from graftory.kernels.shapes import as_rows, check, check_shape
 
 __all__ = ["batched_lora_slices"]
@@ -21,7 +22,7 @@ def batched_lora_slices(
     b: Tensor,
     widths: Sequence[int],
     scale: Tensor,
-    index: Tensor,
+    index: Tensor | Routing,
     weight: Tensor | None = None,
     *,
     ranks: Tensor | None = None,
@@ -38,7 +39,8 @@ def batched_lora_slices(
         b: Up projections of all slices beside each other, [K, Σ D_s, R].
         widths: D_s, the outputs of each slice; multiples of 16 are read faster.
         scale: The factor s of each adapter, [K].
-        index: Adapter of each row, [N], or adapters, [N, M], int64; -1 means none, and a row without one gets zeros.
+        index: Adapter of each row, [N], or adapters, [N, M], int64; -1 means none, and a row without one gets zeros. Or
+            a `Routing` of that, which all layers of a forward share.
         weight: Weight of each of them, of index's shape; 1 if not given. Differentiable, as x, a and b are.
         ranks: True rank of each adapter, [K] or [S, K], 0 where it has none for a slice; R if not given.
         backend: `torch` (gather and batched products, anywhere), `triton` (a GPU), or `auto`: the latter where it runs.
@@ -56,16 +58,14 @@ def batched_lora_slices(
         raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)} do not fit each other and x {tuple(x.shape)}")
     if len(widths) != slices or min(widths) < 1 or sum(widths) != b.shape[1]:
         raise ValueError(f"widths: got {tuple(widths)}, wanted {slices} that are {b.shape[1]} in all")
-    check(index.dim() in (1, 2), "index: wanted [rows] or [rows, places]")
-    check_shape("index", index, (x.shape[0], *index.shape[1:]))
+    routing = routing_of(index, x.shape[0])
     check_shape("scale", scale, (k,))
-    check_shape("weight", weight, tuple(index.shape))
+    check_shape("weight", weight, tuple(routing.index.shape))
     check_shape("ranks", ranks, (k,) if ranks is not None and ranks.dim() == 1 else (slices, k))
     dtype = working_dtype(a)
     rows, shape = as_rows(x.to(dtype))
-    places = index if index.dim() == 2 else index[:, None]
     weights = weight if weight is None or weight.dim() == 2 else weight[:, None]
-    inputs = Inputs(rows, a.to(dtype), b.to(dtype), scale, places, weights, ranks)
+    inputs = Inputs(rows, a.to(dtype), b.to(dtype), scale, routing.places, weights, ranks)
     chosen = resolved(backend, rows, fits=rank <= MAX_RANK, wanted=f"rank {MAX_RANK} at most")
-    update = apply(inputs, list(widths), chosen).reshape(*shape[:-1], b.shape[1])
+    update = apply(inputs, list(widths), routing, chosen).reshape(*shape[:-1], b.shape[1])
     return list(update.split(list(widths), -1))

@@ -8,20 +8,23 @@ from torch import Tensor
 
 from graftory.kernels.batched_lora import launch
 from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
+from graftory.kernels.routing import Routing
 
 
-def forward(inputs: Inputs, widths: Sequence[int], *, keep: bool) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, widths: Sequence[int], routing: Routing, *, keep: bool) -> tuple[Tensor, Tensor]:
     """As `gathered.forward`, in two launches; S is [S, E, R] in fp32, and only made whole if it is to be kept."""
-    batch, columns = launch.batch_of(inputs), launch.columns_of(tuple(widths), inputs.b.device)
+    batch, columns = launch.batch_of(inputs, routing), launch.columns_of(tuple(widths), inputs.b.device)
     hidden = launch.shrink(batch.tokens, inputs.a, batch, split=not keep)
     update = launch.expand(hidden, inputs.b.transpose(1, 2)[None], batch, columns=columns)
     return launch.rows_of(update, inputs.x), hidden[:, 0] if keep else hidden.new_empty(0)
 
 
-def backward(grad: Tensor, hidden: Tensor, inputs: Inputs, widths: Sequence[int], needed: Needed) -> Gradients:
+def backward(
+    grad: Tensor, hidden: Tensor, inputs: Inputs, widths: Sequence[int], routing: Routing, needed: Needed
+) -> Gradients:
     """As `gathered.backward`, in a launch each for G = dY B, dX, dA and dB."""
     x, a, b = inputs[:3]
-    batch, columns = launch.batch_of(inputs), launch.columns_of(tuple(widths), b.device)
+    batch, columns = launch.batch_of(inputs, routing), launch.columns_of(tuple(widths), b.device)
     flat = grad.reshape(-1, grad.shape[-1])
     inner = launch.shrink(flat, b.transpose(1, 2)[None], batch, split=False, columns=columns)
     grad_x = grad_a = grad_b = grad_weight = None

@@ -11,39 +11,42 @@ from torch.autograd.function import once_differentiable
 from graftory.kernels.backend import learns
 from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
 from graftory.kernels.batched_lora_slices import gathered
+from graftory.kernels.routing import Routing
 
 
-def run_forward(inputs: Inputs, widths: list[int], backend: str, *, keep: bool) -> tuple[Tensor, Tensor]:
+def run_forward(
+    inputs: Inputs, widths: list[int], routing: Routing, backend: str, *, keep: bool
+) -> tuple[Tensor, Tensor]:
     """The updates, and what the backward needs of them."""
     if backend == "torch":
         return gathered.forward(inputs, widths)
     from graftory.kernels.batched_lora_slices import launch
 
-    return launch.forward(inputs, widths, keep=keep)
+    return launch.forward(inputs, widths, routing, keep=keep)
 
 
 def run_backward(
-    grad: Tensor, hidden: Tensor, inputs: Inputs, widths: list[int], backend: str, needed: Needed
+    grad: Tensor, hidden: Tensor, inputs: Inputs, widths: list[int], routing: Routing, backend: str, needed: Needed
 ) -> Gradients:
     """Gradients of x, a, b and weight."""
     if backend == "torch":
         return gathered.backward(grad, hidden, inputs, widths, needed)
     from graftory.kernels.batched_lora_slices import launch
 
-    return launch.backward(grad, hidden, inputs, widths, needed)
+    return launch.backward(grad, hidden, inputs, widths, routing, needed)
 
 
 class BatchedLoraSlices(torch.autograd.Function):
     """The operation in eager mode: no detour through the dispatcher, which costs as much as a small product."""
 
     @staticmethod
-    def forward(ctx: Any, widths: list[int], backend: str, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, widths: list[int], routing: Routing, backend: str, *inputs: Any) -> Tensor:
         """See `batched_lora_slices`; the inputs are those of `Inputs`."""
         keep = any(ctx.needs_input_grad)
-        update, hidden = run_forward(Inputs(*inputs), widths, backend, keep=keep)
+        update, hidden = run_forward(Inputs(*inputs), widths, routing, backend, keep=keep)
         if keep:
             ctx.save_for_backward(hidden, *inputs)
-            ctx.widths, ctx.backend = widths, backend
+            ctx.widths, ctx.routing, ctx.backend = widths, routing, backend
         return update
 
     @staticmethod
@@ -51,9 +54,10 @@ class BatchedLoraSlices(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `gathered.backward`."""
         hidden, *inputs = ctx.saved_tensors
-        _, _, x, a, b, _, _, weight, _ = ctx.needs_input_grad
-        found = run_backward(grad, hidden, Inputs(*inputs), ctx.widths, ctx.backend, Needed(x, a, b, weight))
-        return None, None, found.x, found.a, found.b, None, None, found.weight, None
+        _, _, _, x, a, b, _, _, weight, _ = ctx.needs_input_grad
+        needed = Needed(x, a, b, weight)
+        found = run_backward(grad, hidden, Inputs(*inputs), ctx.widths, ctx.routing, ctx.backend, needed)
+        return None, None, None, found.x, found.a, found.b, None, None, found.weight, None
 
 
 _INPUTS = (
@@ -63,8 +67,9 @@ _INPUTS = (
 
 @torch.library.custom_op("graftory::batched_lora_slices", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def _op(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *inputs, widths, backend = arguments
-    update, hidden = run_forward(Inputs(*inputs), list(widths), backend, keep=True)
+    *tensors, widths, backend = arguments
+    inputs = Inputs(*tensors)
+    update, hidden = run_forward(inputs, list(widths), Routing(inputs.adapter), backend, keep=True)
     return update.contiguous(), hidden.contiguous()
 
 
@@ -88,7 +93,7 @@ def _backward_op(grad: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor,
     *tensors, widths, backend = arguments
     inputs = Inputs(*tensors)
     needed = Needed(True, True, True, inputs.weight is not None)
-    found = run_backward(grad, hidden, inputs, list(widths), backend, needed)
+    found = run_backward(grad, hidden, inputs, list(widths), Routing(inputs.adapter), backend, needed)
     return tuple(grad.new_empty(0) if each is None else each.contiguous() for each in found)
 
 
@@ -114,12 +119,12 @@ def _derive(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 _op.register_autograd(_derive, setup_context=_keep)
 
 
-def apply(inputs: Inputs, widths: list[int], backend: str) -> Tensor:
+def apply(inputs: Inputs, widths: list[int], routing: Routing, backend: str) -> Tensor:
     """The operation, by the way that suits who calls it; straight to the numbers where nothing learns."""
     if torch.compiler.is_compiling():
         update: Tensor = _op(*inputs, widths, backend)[0]
         return update
     if not learns(inputs):
-        return run_forward(inputs, widths, backend, keep=False)[0]
-    made: Tensor = BatchedLoraSlices.apply(widths, backend, *inputs)  # type: ignore[no-untyped-call]
+        return run_forward(inputs, widths, routing, backend, keep=False)[0]
+    made: Tensor = BatchedLoraSlices.apply(widths, routing, backend, *inputs)  # type: ignore[no-untyped-call]
     return made

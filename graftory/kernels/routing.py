@@ -1,0 +1,49 @@
+"""Which adapter each row of a batch uses, and how kernels go through it: made once, used by every layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from graftory.kernels.shapes import check, check_shape
+from graftory.kernels.tiles import Tiles, cut
+
+
+class Routing:
+    """The choices of a batch. On a GPU, to sort a batch by adapter costs more than a layer of many: it is kept here.
+
+    Hand the same one to all layers of a forward, and nothing is sorted twice; its backward uses it too. Do not write to
+    `index` afterwards. In a CUDA graph that is to see new choices, make it inside of what is captured.
+
+    Args:
+        index: Adapter of each row, [N], or adapters, [N, M], int64; -1 for none.
+    """
+
+    def __init__(self, index: Tensor) -> None:
+        self.index = index
+        self.places = (index if index.dim() == 2 else index[:, None]).contiguous()
+        """[N, M], in one piece."""
+        self._tiles: dict[tuple[int, int, int], Tiles] = {}
+
+    def tiles(self, tokens: int, adapters: int, size: int) -> Tiles:
+        """The entries, a row's T tokens times its M places, cut for a kernel. See `tiles.cut`."""
+        key = tokens, adapters, size
+        if key not in self._tiles:
+            self._tiles[key] = cut(self.entries(tokens), adapters, size)
+        return self._tiles[key]
+
+    def entries(self, tokens: int) -> Tensor:
+        """The adapter of each entry, [N T M]."""
+        every: Tensor = self.places[:, None].expand(-1, tokens, -1)
+        return every.flatten()
+
+
+def routing_of(index: Tensor | Routing, rows: int) -> Routing:
+    """As it is, or made.
+
+    Raises:
+        ValueError: If it is not that of so many rows.
+    """
+    routing = index if isinstance(index, Routing) else Routing(index)
+    check(routing.index.dim() in (1, 2), "index: wanted [rows] or [rows, places]")
+    check_shape("index", routing.index, (rows, *routing.index.shape[1:]))
+    return routing
