@@ -9,6 +9,9 @@ svd, ties: One linear layer of 4096 x 4096, four LoRAs of rank 16, merged and cu
 sum: Our `linear` and PEFT's `linear` against Σ w ΔW in float64, for equal ranks, and ours for mixed ones.
 smollm2, llama: All linear layers of SmolLM2-135M and of Llama-3-8B, four LoRAs of rank 16 with random factors: seconds
     of each method, and the most memory above the adapters themselves. `ties` has to make ΔW: for SmolLM2 only.
+accuracy: what merges of six MiniLM adapters keep of each task, ours and PEFT's; see merging_accuracy.py. It takes
+    hours, goes on where it was cut off, and is run only where it is named; the table is results/merging.md, too.
+    A quick look: --parts accuracy --seeds 0 --tasks trec,sms --train-rows 200 --test-rows 100 --no-write
 
 Seconds are given by the wall's clock and as time on the processor: on one thread they are equal where nothing else
 runs, and the second is the one to compare where something does. The results go to benchmarks/results/merging.json;
@@ -31,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import merging_accuracy
 import peft
 import torch
 from rich.console import Console
@@ -43,6 +47,7 @@ from graftory.compose.merge.base import MergeParameters
 from graftory.versions import library_versions
 
 RESULTS = Path(__file__).parent / "results" / "merging.json"
+SLOW = {"accuracy"}
 ADAPTERS, RANK, WIDTH = 4, 16, 4096
 WEIGHTS = (0.4, 0.3, 0.2, 0.1)
 MIXED = (4, 8, 16, 32)
@@ -215,27 +220,37 @@ def whole_model(name: str, only: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-PARTS: Mapping[str, Callable[[Sequence[str]], dict[str, Any]]] = {
+def named(options: argparse.Namespace) -> list[str]:
+    """The methods that were asked for."""
+    return [name for name in options.methods.split(",") if name]
+
+
+PARTS: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "svd": lambda _: one_layer("svd"),
     "ties": lambda _: one_layer("ties"),
     "sum": lambda _: exactness(),
-    **{name: partial(whole_model, name) for name in MODELS},
+    "smollm2": lambda options: whole_model("smollm2", named(options)),
+    "llama": lambda options: whole_model("llama", named(options)),
+    "accuracy": merging_accuracy.accuracy,
 }
 
 
 def main() -> None:
     """Measure, print, keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="what to run")
-    parser.add_argument("--methods", default="", help="of smollm2 and llama, only these")
+    parser.add_argument("--parts", default=",".join(name for name in PARTS if name not in SLOW), help="what to run")
+    parser.add_argument("--methods", default="", help="of smollm2, llama and accuracy, only these")
     parser.add_argument("--no-write", action="store_true", help="print only")
+    merging_accuracy.arguments(parser)
     options = parser.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads(), **library_versions()}
     for part in options.parts.split(","):
-        results[part] = PARTS[part]([name for name in options.methods.split(",") if name])
-        show(part, results[part])
+        results[part] = PARTS[part](options)
+        show(part, results[part]["table"] if part == "accuracy" else results[part])
         if not options.no_write:
+            if part == "accuracy":
+                RESULTS.with_suffix(".md").write_text(merging_accuracy.markdown(results[part]))
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
@@ -245,7 +260,7 @@ def show(part: str, rows: Mapping[str, Any]) -> None:
     table = Table(part, *(key.replace("_", " ") for key in figures or ["figure"]))
     for name, row in rows.items():
         cells = [row[key] for key in figures] if isinstance(row, dict) else [row]
-        table.add_row(name, *(f"{cell:.3g}" for cell in cells))
+        table.add_row(name, *("-" if cell is None else f"{cell:.3g}" for cell in cells))
     Console(width=120).print(table)
 
 

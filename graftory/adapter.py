@@ -148,7 +148,7 @@ class Metric:
 TASK_SOURCE = "task_source"
 """Key in `Lineage.parameters`: the task file, or sample, that an adapter was trained on."""
 
-Relation = Literal["composed", "merged", "continued", "distilled", "generated"]
+Relation = Literal["composed", "merged", "continued", "distilled", "generated", "compressed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +177,10 @@ class Lineage:
     """Versions of graftory, torch, transformers, peft."""
 
 
+Storage = Literal["full", "8bit", "1bit", "bitdelta"]
+"""How tensors are written: as they are, or with loss in fewer bits; see `graftory.hub.codecs.packed`."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """Everything about an adapter but its tensors."""
@@ -187,6 +191,7 @@ class AdapterSpec:
     lineage: Lineage = Lineage()
     metrics: tuple[Metric, ...] = ()
     licence: str | None = None
+    storage: Storage = "full"
 
     @property
     def method(self) -> str:
@@ -224,8 +229,10 @@ class Adapter:
 
 
 def spec_to_json(spec: AdapterSpec) -> Json:
-    """The specification as plain JSON values."""
+    """The specification as plain JSON values. `storage` is told where it is not `full`: a specification without it has
+    the bytes it always had."""
     return {
+        **({} if spec.storage == "full" else {"storage": spec.storage}),
         "base": encode(spec.base),
         "config": config_to_json(spec.config),
         "task": encode(spec.task),
@@ -246,7 +253,7 @@ def spec_from_json(data: Json, where: str) -> AdapterSpec:
         ConfigError: If a key is unknown or missing, or a value does not fit.
     """
     keys = {"base", "config", "task", "lineage", "metrics", "licence"}
-    if not isinstance(data, dict) or set(data) != keys:
+    if not isinstance(data, dict) or set(data) - {"storage"} != keys:
         got = sorted(data) if isinstance(data, dict) else type(data).__name__
         raise ConfigError(f"{where}: got {got}, wanted the keys {sorted(keys)}")
     return AdapterSpec(
@@ -256,7 +263,13 @@ def spec_from_json(data: Json, where: str) -> AdapterSpec:
         lineage=decode(Lineage, data["lineage"], f"{where}.lineage"),
         metrics=decode(tuple[Metric, ...], data["metrics"], f"{where}.metrics"),
         licence=_text_or_none(data["licence"], f"{where}.licence"),
+        storage=_storage(data.get("storage", "full"), f"{where}.storage"),
     )
+
+
+def _storage(data: Json, where: str) -> Storage:
+    found: Storage = decode(Storage, data, where)  # type: ignore[arg-type]  # an annotation, which `decode` takes
+    return found
 
 
 def _text_or_none(data: Json, where: str) -> str | None:

@@ -32,6 +32,8 @@ COMMANDS: Mapping[str, str] = {
     "sign": "Sign an adapter, its files and everything it was made from.",
     "keygen": "Make a key to sign adapters with.",
     "merge": "Make one adapter out of several.",
+    "convert": "Write a linear adapter of another method as a plain LoRA.",
+    "compress": "Make a smaller version of an adapter, and tell what it loses.",
     "compose": "Train a module on top of several adapters.",
     "continual": "Learn tasks one after another, and report what was forgotten.",
     "export": "Fold an adapter into its base and save one plain model, or write its files for another library.",

@@ -10,35 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
+from graftory.config_base import AdapterConfig as AdapterConfig
+from graftory.config_base import check_rate as _check_rate
+from graftory.config_base import option as option
+from graftory.config_peft import PEFT_CONFIGS
 from graftory.errors import ConfigError
 from graftory.schema import Json, decode, encode
-
-T = TypeVar("T")
-
-
-def option(help_text: str, default: T) -> T:
-    """A field whose help text becomes the help of the command-line option."""
-    return field(default=default, metadata={"help": help_text})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterConfig:
-    """What every method has: where it sits and how it was initialised."""
-
-    method: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]]
-    """Names of a method's tensors at one site, behind the module path."""
-    trained_by: ClassVar[str] = "train"
-    """The command that makes it: `train` from rows alone, `compose` on top of other adapters."""
-
-    targets: tuple[str, ...] = ()
-    """Sites. Before creation: group names of the architecture table (empty = the method's default);
-    in an adapter: the explicit module paths of the base model."""
-    init_seed: int | None = 0
-    """Seed of the initial tensors; None if unknown. Adapters may be averaged parameter by parameter
-    only if they share it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +58,67 @@ class LoraConfig(LowRankConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DyloraConfig(LoraConfig):
+    """DyLoRA (Valipour et al. 2023, arXiv:2210.07558): a LoRA whose first b ranks work alone, for every b up to r."""
+
+    method: ClassVar[str] = "dylora"
+    stored_as: ClassVar[str] = "lora"
+
+    frozen: bool = option("a step that draws b trains row b alone", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoraConfig(LoraConfig):
+    """SoRA (Ding et al. 2023, arXiv:2311.11696): a LoRA with a gate for each rank; ranks whose gate falls to 0 go."""
+
+    method: ClassVar[str] = "sora"
+    stored_as: ClassVar[str] = "lora"
+
+    sparsity: float = option("λ: a step pulls each gate towards 0 by the learning rate times this", 1.0)
+
+    def __post_init__(self) -> None:
+        LoraConfig.__post_init__(self)
+        if not (math.isfinite(self.sparsity) and self.sparsity >= 0):
+            raise ConfigError(f"sparsity: got {self.sparsity}, wanted a finite number of 0 or more")
+
+
+Biases = Literal["none", "lora_only", "all"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraBiasConfig(LowRankConfig):
+    """LoRA with biases, as PEFT has it: y = W x + b' + s (B A x + c), b' the adapter's own in place of b."""
+
+    method: ClassVar[str] = "lora_bias"
+    parts: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "base_layer.bias", "bias")
+
+    lora_bias: bool = option("c, a bias on B, learns too", False)
+    bias: Biases = option("whose own bias learns: that of no module, of those with LoRA, or of all", "lora_only")
+    biases: tuple[str, ...] = ()
+    """The targets whose own bias is replaced. Filled in from the base; explicit paths."""
+    bias_only: tuple[str, ...] = ()
+    """Those of them that have no LoRA."""
+
+    def __post_init__(self) -> None:
+        LowRankConfig.__post_init__(self)
+        odd = sorted(set(self.bias_only) - set(self.biases)) or sorted(set(self.biases) - set(self.targets))
+        if odd:
+            raise ConfigError(f"biases: {odd[0]!r:.80} is not among the targets with a bias; wanted some of them")
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The targets with LoRA."""
+        return tuple(path for path in self.targets if path not in self.bias_only)
+
+    def parts_at(self, path: str) -> tuple[str, ...]:
+        """What there is at one target."""
+        if path in self.bias_only:
+            return self.parts[4:]
+        own = self.parts[3:4] if path in self.biases else ()
+        return (*self.parts[:2], *(self.parts[2:3] if self.lora_bias else ()), *own)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DoraConfig(LowRankConfig):
     """DoRA (Liu et al. 2024, arXiv:2402.09353): y = m V x / |V| with V = W + s B A, norms by output."""
 
@@ -111,6 +151,45 @@ class BitfitConfig(AdapterConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateConfig(AdapterConfig):
+    """What a merge of unlike adapters is: y = (W + ΔW) x + b + Δb with ΔW = B A + diag(p) W + W diag(q), exactly.
+
+    LoRA, DoRA, (IA)³ and BitFit all are of this form, and so is every weighted sum of them.
+    """
+
+    method: ClassVar[str] = "update"
+    parts: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight", "row_scale", "column_scale", "bias_delta")
+    trained_by: ClassVar[str] = "merge"
+
+    rank: int = 1
+    """Rows of A where `rank_pattern` says no other number."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Rank of single modules where it differs from `rank`, by explicit path."""
+    bias_only: tuple[str, ...] = ()
+    """The targets that have Δb alone, such as norms."""
+    rows: bool = False
+    """Whether some p is not 0, so that W is needed beside what it returns."""
+    columns: bool = False
+    """Whether some q is not 0, so that W is needed a second time."""
+
+    def __post_init__(self) -> None:
+        for rank in (self.rank, *self.rank_pattern.values()):
+            if rank < 1:
+                raise ConfigError(f"rank: got {rank}, wanted 1 or more")
+        odd = sorted(set(self.bias_only) - set(self.targets))
+        if odd:
+            raise ConfigError(f"bias_only: {odd[0]!r:.80} is no target; wanted some of the targets")
+
+    def rank_of(self, path: str) -> int:
+        """The rank at one module."""
+        return self.rank_pattern.get(path, self.rank)
+
+    def parts_at(self, path: str) -> tuple[str, ...]:
+        """What there is at one target."""
+        return self.parts[-1:] if path in self.bias_only else self.parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixConfig(AdapterConfig):
     """Prefix tuning (Li and Liang 2021, arXiv:2101.00190): learned keys and values in front of each attention's own."""
 
@@ -125,6 +204,14 @@ class PrefixConfig(AdapterConfig):
             raise ConfigError(f"length: got {self.length}, wanted 1 or more")
         if not (math.isfinite(self.spread) and self.spread >= 0):
             raise ConfigError(f"spread: got {self.spread}, wanted a finite number of 0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AptConfig(PrefixConfig):
+    """Adaptive prefix tuning (Zhang et al. 2023, arXiv:2305.15212): prefixes with a gate for each token and layer."""
+
+    method: ClassVar[str] = "apt"
+    parts: ClassVar[tuple[str, ...]] = (*PrefixConfig.parts, "apt_token.weight", "apt_layer")
 
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
@@ -165,6 +252,142 @@ class BottleneckConfig(AdapterConfig):
     def size_of(self, path: str) -> int:
         """The hidden units at one site."""
         return self.size_pattern.get(path, self.size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompacterConfig(BottleneckConfig):
+    """Compacter (Karimi Mahabadi et al. 2021, arXiv:2106.04647): a bottleneck whose D and U are Σ_i A_i ⊗ s_i t_i."""
+
+    method: ClassVar[str] = "compacter"
+    parts: ClassVar[tuple[str, ...]] = (
+        "phm_down_left",
+        "phm_down_right",
+        "adapter_down.bias",
+        "phm_up_left",
+        "phm_up_right",
+        "adapter_up.bias",
+        "phm_rule",
+    )
+
+    division: int = option("n, the Kronecker products in each sum; divides the size and the model's width", 4)
+    factor_rank: int = option("rank of each s_i t_i", 1)
+    spread: float = option("standard deviation of fresh A_i; 0.3 makes D about as large as a bottleneck's", 0.3)
+
+    def __post_init__(self) -> None:
+        BottleneckConfig.__post_init__(self)
+        for name in ("division", "factor_rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted 1 or more")
+        for size in (self.size, *self.size_pattern.values()):
+            if size % self.division:
+                raise ConfigError(f"size: got {size}, wanted a multiple of the division, {self.division}")
+        if not (math.isfinite(self.spread) and self.spread > 0):
+            raise ConfigError(f"spread: got {self.spread}, wanted a finite number above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterdropConfig(BottleneckConfig):
+    """AdapterDrop (Rücklé et al. 2021, arXiv:2010.11918): a bottleneck that also works without its first n layers."""
+
+    method: ClassVar[str] = "adapterdrop"
+    stored_as: ClassVar[str] = "bottleneck"
+
+    most: int = option("a step leaves out the first n layers, n drawn from 0 to this", 4)
+
+    def __post_init__(self) -> None:
+        BottleneckConfig.__post_init__(self)
+        if self.most < 1:
+            raise ConfigError(f"most: got {self.most}, wanted 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SparseConfig(BottleneckConfig):
+    """SparseAdapter (He et al. 2022, arXiv:2210.04284): a large bottleneck, pruned before it is trained."""
+
+    method: ClassVar[str] = "sparse"
+    stored_as: ClassVar[str] = "bottleneck"
+
+    pruned: float = option("share of the weights that are 0 from the start", 0.8)
+    spread: float = option("standard deviation of fresh weights; the first gradients need some in U", 0.01)
+
+    def __post_init__(self) -> None:
+        BottleneckConfig.__post_init__(self)
+        _check_rate("pruned", self.pruned)
+        if not (math.isfinite(self.spread) and self.spread > 0):
+            raise ConfigError(f"spread: got {self.spread}, wanted a finite number above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamixConfig(BottleneckConfig):
+    """AdaMix (Wang et al. 2022, arXiv:2205.12410): several bottlenecks learn, a step takes one at random; then their
+    mean."""
+
+    method: ClassVar[str] = "adamix"
+    stored_as: ClassVar[str] = "bottleneck"
+
+    experts: int = option("bottlenecks that learn at each place", 4)
+    consistency: float = option("w: factor on how far two random choices disagree", 1.0)
+
+    def __post_init__(self) -> None:
+        BottleneckConfig.__post_init__(self)
+        if self.experts < 2:
+            raise ConfigError(f"experts: got {self.experts}, wanted 2 or more")
+        if not (math.isfinite(self.consistency) and self.consistency >= 0):
+            raise ConfigError(f"consistency: got {self.consistency}, wanted a finite number of 0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnipeltConfig(AdapterConfig):
+    """UniPELT (Mao et al. 2022, arXiv:2110.07577): LoRA, prefixes and bottlenecks in each layer, all behind gates."""
+
+    method: ClassVar[str] = "unipelt"
+    parts: ClassVar[tuple[str, ...]] = (
+        *LoraConfig.parts,
+        *PrefixConfig.parts,
+        *BottleneckConfig.parts,
+        "gate.weight",
+        "gate.bias",
+    )
+
+    rank: int = option("rank of the LoRA at queries and values", 8)
+    alpha: float = option("scale of the LoRA: s = alpha / rank", 16.0)
+    length: int = option("keys and values in front of each attention's", 10)
+    size: int = option("hidden units of the bottleneck behind each FFN", 48)
+    activation: Activation = option("non-linearity of the bottleneck", "relu")
+    spread: float = option("standard deviation of fresh keys and values", 0.1)
+    attentions: tuple[str, ...] = ()
+    """The targets that are attentions. Filled in from the base; explicit paths."""
+    ends: tuple[str, ...] = ()
+    """The targets where FFNs end. Filled in from the base; explicit paths."""
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "length", "size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted 1 or more")
+        if not (math.isfinite(self.spread) and self.spread >= 0):
+            raise ConfigError(f"spread: got {self.spread}, wanted a finite number of 0 or more")
+        odd = sorted({*self.attentions, *self.ends} - set(self.targets))
+        if odd:
+            raise ConfigError(f"attentions, ends: {odd[0]!r:.80} is no target; wanted some of the targets")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KronaConfig(AdapterConfig):
+    """KronA (Edalati et al. 2022, arXiv:2212.10650): y = W x + s (A ⊗ B) x."""
+
+    method: ClassVar[str] = "krona"
+    parts: ClassVar[tuple[str, ...]] = ("krona_A", "krona_B")
+
+    factor: int = option("most columns of A and rows of B; the largest divisor of both widths up to it is taken", 32)
+    strength: float = option("s, the factor on the update", 1.0)
+    dropout: float = option("dropout on the update's input while training", 0.0)
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ConfigError(f"factor: got {self.factor}, wanted 1 or more")
+        if not math.isfinite(self.strength):
+            raise ConfigError(f"strength: got {self.strength}, wanted a finite number")
+        _check_rate("dropout", self.dropout)
 
 
 Shape = tuple[int, ...]
@@ -445,18 +668,29 @@ CONFIGS: Mapping[str, type[AdapterConfig]] = {
     kind.method: kind
     for kind in (
         LoraConfig,
+        LoraBiasConfig,
         DoraConfig,
         Ia3Config,
         BitfitConfig,
+        UpdateConfig,
         PrefixConfig,
+        AptConfig,
         BottleneckConfig,
+        CompacterConfig,
+        KronaConfig,
+        UnipeltConfig,
+        DyloraConfig,
+        SoraConfig,
+        AdapterdropConfig,
+        SparseConfig,
+        AdamixConfig,
         NormedBottleneckConfig,
         FusionConfig,
         SmopConfig,
         PromptConfig,
         HyperformerConfig,
     )
-}
+} | {kind.method: kind for kind in PEFT_CONFIGS}
 """Every method that can be stored, by name."""
 
 
@@ -476,8 +710,3 @@ def config_from_json(data: Json, where: str) -> AdapterConfig:
     if kind is None:
         raise ConfigError(f"{where}: unknown adapter method {method!r}; known: {', '.join(CONFIGS)}")
     return decode(kind, {key: value for key, value in data.items() if key != "method"}, where)
-
-
-def _check_rate(name: str, value: float) -> None:
-    if not 0.0 <= value < 1.0:
-        raise ConfigError(f"{name}: got {value}, wanted 0 or more and less than 1")

@@ -370,14 +370,14 @@ TENSOR_ROWS = [
 # ---------------------------------------------------------------- PEFT's configuration
 
 _NO_VERSIONS: tuple[Any, ...] = (3, [])
-_NO_METHODS: tuple[Any, ...] = ("LOHA", "ADALORA", "lora", None, 3, ["LORA"], {})
+_NO_METHODS: tuple[Any, ...] = ("XLORA", "POLY", "lora", None, 3, ["LORA"], {})
 _NO_STARTS: tuple[Any, ...] = ("pissa", "olora", "loftq", [], {})
 _NO_PATTERNS: tuple[Any, ...] = ({"q": 0}, {"q": "2"}, [1], "q", 2)
 _UNSUPPORTED: list[tuple[str, str, dict[str, Any]]] = [
     *(("feature", "peft_type", {"peft_type": kind}) for kind in _NO_METHODS),
     ("feature", "use_qalora", {"use_qalora": True}),
-    ("feature", "bias", {"bias": "all"}),
-    ("feature", "lora_bias", {"lora_bias": True}),
+    ("feature", "bias", {"bias": "all", "use_dora": True}),
+    ("feature", "lora_bias", {"lora_bias": True, "use_dora": True}),
     ("feature", "layer_replication", {"layer_replication": [[0, 2]]}),
     ("feature", "megatron_config", {"megatron_config": {"x": 1}}),
     ("feature", "trainable_token_indices", {"trainable_token_indices": [1]}),

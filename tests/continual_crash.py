@@ -1,11 +1,14 @@
-"""Kills a run of a sequence at file operations, lets it go on, and looks whether it comes to the same end.
+"""Kills a run of a sequence again and again before file operations, and looks whether it comes to the same end.
 
-The run is in a forked child that counts its own file operations (opening for writing, rename, remove, mkdir, rmdir)
-by an audit hook and ends itself with SIGKILL before the chosen one. Checkpoints are written every few steps, so there
-are operations in all phases, the training among them. Points are drawn by a fixed seed, as many from each phase.
+Every start of the run is in a forked child that counts its own file operations (opening for writing, rename, remove,
+mkdir, rmdir) by an audit hook and ends itself with SIGKILL before the chosen one. The next start goes on in the same
+folder and is killed somewhere else, until a start comes to the end; then the folder is compared with that of a run that
+was never killed, and another one is begun until there have been enough kills. Checkpoints are written every few steps,
+so there are operations in all phases, the training among them. Phases take turns; the operation within the phase is
+drawn by a fixed seed.
 
 Run as a program, so that no thread of a test is forked: `python -m tests.continual_crash PLACE FOLDER STRATEGY POINTS`
-prints JSON: the phases in which runs were killed, and what differed.
+prints JSON: the phases in which runs were killed, how often each folder was, and what differed.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import random
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,13 +49,13 @@ def child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def run(sequence: TaskSequence, root: Path, stop_at: int = 0, log: Path | None = None) -> None:
-    """Run the sequence in a folder.
+def run(sequence: TaskSequence, root: Path, point: tuple[str, int] | None = None, log: Path | None = None) -> None:
+    """Run the sequence in a folder, or go on with it.
 
     Args:
         sequence: What to run.
         root: The folder.
-        stop_at: The operation before which the process ends; 0 for none.
+        point: The phase, and the operation in it from 1, before which the process ends; None for none.
         log: Where to write the phase of every operation.
     """
     phases: list[str] = []
@@ -62,7 +66,7 @@ def run(sequence: TaskSequence, root: Path, stop_at: int = 0, log: Path | None =
         if not changes or not str(arguments[0]).startswith(str(root)):
             return
         phases.append(phase[0])
-        if len(phases) == stop_at:
+        if (phase[0], phases.count(phase[0])) == point:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(audit)
@@ -88,16 +92,23 @@ def end_of(root: Path) -> dict[str, Any]:
     return found
 
 
-def points_of(phases: list[str], count: int) -> list[int]:
-    """Operations to die before, from 1: spread over the phases as evenly as it goes."""
-    generator = random.Random(0)
-    by_phase: dict[str, list[int]] = {}
-    for number, phase in enumerate(phases, 1):
-        by_phase.setdefault(phase, []).append(number)
-    for numbers in by_phase.values():
-        generator.shuffle(numbers)
-    order = [numbers[turn] for turn in range(len(phases)) for numbers in by_phase.values() if turn < len(numbers)]
-    return order[:count]
+class Points:
+    """Phases in turn, each with an operation such as one step of the run has. A phase that a start did not come to, or
+    of which too little was left to do, comes next.
+    """
+
+    def __init__(self, phases: list[str], steps: int) -> None:
+        self.sizes = {phase: max(1, phases.count(phase) // steps) for phase in dict.fromkeys(phases)}
+        self.turns, self.generator = deque(self.sizes), random.Random(0)
+
+    def next(self) -> tuple[str, int]:
+        """Where the next start is to be killed."""
+        phase = self.turns[0]
+        return phase, self.generator.randint(1, self.sizes[phase])
+
+    def hit(self) -> None:
+        """It was."""
+        self.turns.rotate(-1)
 
 
 def main(place: Path, folder: Path, strategy: str, count: int) -> None:
@@ -110,19 +121,29 @@ def main(place: Path, folder: Path, strategy: str, count: int) -> None:
     log = folder / "phases.json"
     assert child(lambda: run(sequence, folder / "whole", log=log)) == 0
     phases, expected = json.loads(log.read_text()), end_of(folder / "whole")
-    found: dict[str, Any] = {"operations": len(phases), "killed": [], "wrong": []}
-    for point in points_of(phases, count):
-        root = folder / f"killed-{point}"
-        if child(lambda root=root, point=point: run(sequence, root, point)) != -signal.SIGKILL:  # type: ignore[misc]
-            found["wrong"].append(f"{point}: was not killed")
-        found["killed"].append(phases[point - 1])
-        if child(lambda root=root: run(sequence, root)) != 0:  # type: ignore[misc]
-            found["wrong"].append(f"{point} ({phases[point - 1]}): did not go on")
-            continue
+    found: dict[str, Any] = {"operations": len(phases), "killed": [], "wrong": [], "kills": []}
+    points = Points(phases, len(sequence.tasks))
+    while len(found["killed"]) < count and not found["wrong"]:
+        root = folder / f"killed-{len(found['kills'])}"
+        killed = goes_on(sequence, root, points, count - len(found["killed"]))
         end = end_of(root)
-        different = sorted(key for key in {*end, *expected} if end.get(key) != expected.get(key))
-        found["wrong"] += [f"{point} ({phases[point - 1]}): {', '.join(different)}"] if different else []
+        found["killed"] += killed
+        found["kills"].append(len(killed))
+        found["wrong"] += sorted(key for key in {*end, *expected} if end.get(key) != expected.get(key))
     print(json.dumps(found))
+
+
+def goes_on(sequence: TaskSequence, root: Path, points: Points, most: int) -> list[str]:
+    """Start a run until it comes to its end; the phases in which it was killed before."""
+    killed: list[str] = []
+    while True:
+        point = points.next() if len(killed) < most else None
+        status = child(lambda point=point: run(sequence, root, point))  # type: ignore[misc]
+        if status == 0:
+            return killed
+        assert (status, point is not None) == (-signal.SIGKILL, True), f"{root}: ended with {status} at {point}"
+        points.hit()
+        killed.append(point[0])  # type: ignore[index]
 
 
 if __name__ == "__main__":

@@ -137,3 +137,25 @@ def test_unknown_strategy(place: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "hope" in result.stderr
     assert not list(tmp_path.glob("run/*.json"))
+
+
+def test_the_router_s_settings_and_the_ridge_head_from_the_command_line(place: Path) -> None:
+    from graftory.continual.router_file import load_router
+
+    arguments = ("run", place / "sequence.yaml", "--dir", place / "fixed", "--json")
+    result = call(place, *arguments, "--router", "layers=[0, -1]", "--router", "quantile=1")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["routing"]["abstained"] == 0
+    router = load_router(place / "fixed" / "router.safetensors")
+    assert (router.settings.layers, router.settings.quantile) == ((0, -1), 1.0)
+    assert len(router.views) == 1
+    for wrong, said in (("layers", "--router: got 'layers', wanted KEY=VALUE"), ("layers=[9]", "router.layers: got 9")):
+        failed = call(place, "run", place / "sequence.yaml", "--dir", place / "wrong", "--router", wrong)
+        assert failed.exit_code != 0
+        assert said in str(failed.exception or failed.output) + failed.output
+    arguments = ("run", place / "sequence.yaml", "--dir", place / "ridge", "--json")
+    ridge = call(place, *arguments, "--strategy", "ranpac", "--param", "size=16")
+    assert ridge.exit_code == 0, ridge.output
+    report = json.loads(ridge.stdout)
+    assert report["routing"] is None
+    assert set(report["storage"][-1]) == {"ridge"}

@@ -46,12 +46,13 @@ def test_only_runs_that_are_alike_are_paired() -> None:
 
 
 def test_a_router_is_a_way_of_its_own() -> None:
-    routing = Routing(((0.8, None), (0.7, 0.9)), 0.8, 0.05, 0.9, 0.0, ((1, 0, 0), (0, 1, 0)))
+    routing = Routing(((0.8, None), (0.7, 0.9)), 0.8, 0.05, 0.9, 0.02, ((1, 0, 0), (0, 1, 0)))
     reports = [report("seq", 0.5, 0.9), replace(report("isolated", 0.8, 0.9), routing=routing)]
     found = {difference.strategy: difference.mean for difference in paired_differences(reports)}
     assert found == {"isolated": pytest.approx(0.15), "isolated (router)": pytest.approx(0.1)}
     rows = {row["strategy"]: row for row in mean_rows(reports)}
     assert rows["isolated (router)"]["regret"] == "+5.00"
+    assert (rows["isolated (router)"]["right task"], rows["isolated (router)"]["abstained"]) == ("90.0", "2.0")
     assert rows["seq"]["regret"] == "–"
 
 

@@ -26,6 +26,7 @@ from graftory.continual.strategies.inflora import directions, grown
 from graftory.continual.strategies.lwf import distance
 from graftory.continual.strategies.migu import loudest
 from graftory.continual.strategies.olora import overlap
+from graftory.continual.strategies.opcm import factors, projected, singular
 from graftory.continual.strategies.replay import drift
 from graftory.continual.strategies.sdlora import decoupled
 from graftory.continual.strategies.slao import orthonormal
@@ -386,3 +387,63 @@ def test_slao_starts_orthonormal_and_merges_in_closed_form(run_of: Callable[...,
         assert torch.allclose(merged, old + (trained[key] - old) / math.sqrt(2), atol=1e-7)
     assert report.storage[0]["adapters"] == report.storage[1]["adapters"]
     assert report.storage[0]["b"] == report.storage[1]["b"]
+
+
+# --- opcm ------------------------------------------------------------------------------------------------------------
+
+
+def test_opcm_projection_against_the_sum_over_singular_vectors() -> None:
+    """Σ_{i,j>k, i≠j} ⟨τ, u_i v_jᵀ⟩ u_i v_jᵀ term by term, with the singular vectors of the whole matrix."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((9, 4), (4, 6)))
+    task = tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((9, 3), (3, 6)))
+    merged, tau = left @ right, task[0] @ task[1]
+    u, sizes, vh = torch.linalg.svd(merged)
+    k = next(n for n in range(1, 5) if sizes[:n].sum() >= 0.6 * sizes.sum())
+    expected = torch.zeros(9, 6, dtype=torch.float64)
+    for i in range(k, 9):
+        for j in range(k, 6):
+            # of the merged matrix's own directions, those that belong to one singular value are left out
+            if i != j or i >= 4:
+                expected += (u[:, i] @ tau @ vh[j]) * torch.outer(u[:, i], vh[j])
+    low = projected((task[0], task[1]), singular((left, right)), 0.6)
+    found = low[0] @ low[1]
+    assert 1 < k < 4
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert float((u[:, :k].T @ found).abs().max()) < 1e-12
+    assert float((found @ vh[:k].T).abs().max()) < 1e-12
+    assert abs(float((found * merged).sum())) < 1e-11
+
+
+def product(pair: tuple[Tensor, Tensor]) -> Tensor:
+    return pair[0] @ pair[1]
+
+
+def test_opcm_adds_what_is_orthogonal_to_what_is_merged_and_keeps_the_norm(run_of: Callable[..., Run]) -> None:
+    _, (first, second), folder = run_of("opcm")
+    kept = [folder.kept(commit).under("opcm").values for commit in folder.commits()]
+    paths = first.spec.config.targets
+    before, after = ({p: product(factors(each, p)) for p in paths} for each in (first, second))
+    for path in paths:
+        added = kept[1]["scale"] * after[path] - before[path]
+        u, sizes, vh = torch.linalg.svd(before[path], full_matrices=False)
+        k = int((sizes.cumsum(0) < 0.5 * sizes.sum()).sum()) + 1
+        size = float(added.norm())
+        assert size > 1e-3
+        assert float((u[:, :k].T @ added).norm()) < 1e-5 * size
+        assert float((added @ vh[:k].T).norm()) < 1e-5 * size
+        assert abs(float((added * before[path]).sum())) < 1e-5 * size * float(before[path].norm())
+    norms = [math.sqrt(sum(float(matrix.square().sum()) for matrix in each.values())) for each in (before, after)]
+    assert norms[0] == pytest.approx(kept[0]["norms"], rel=1e-5)
+    assert norms[1] == pytest.approx(kept[1]["norms"] / 2, rel=1e-5)
+
+
+def test_opcm_does_not_grow(run_of: Callable[..., Run]) -> None:
+    report, (first, second), _ = run_of("opcm", parameters={"most": 1})
+    assert report.storage[0]["adapters"] == report.storage[1]["adapters"]
+    config = second.spec.config
+    assert isinstance(config, LoraConfig)
+    assert {config.rank_of(path) for path in config.targets} == {8}
+    assert not torch.equal(
+        *(part(each, "lora_B.weight")[f"{config.targets[0]}.lora_B.weight"] for each in (first, second))
+    )

@@ -180,3 +180,18 @@ def test_class_labels_of_a_data_set_become_names(monkeypatch: pytest.MonkeyPatch
     source = DataSource(dataset="org/name", config="c", revision="main", train="training")
     assert load_rows(classification(source), "train") == Rows("train", ("a", "b"), (1, 0), ("alpha", "zeta"))
     assert asked == {"path": "org/name", "name": "c", "revision": "main", "split": "training"}
+
+
+def test_the_words_of_a_text_task_are_checked_and_may_be_numbers(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [{"sentence": "a", "class": "1"}, {"sentence": "b", "class": "no"}]
+    source = DataSource(train=write(tmp_path, ".jsonl", records))
+    task = TaskFile(name="mine", kind="causal_lm", data=source, text="sentence", target="class", labels=("no", "yes"))
+    rows = load_rows(task, "train")
+    assert rows.targets == ("yes", "no")
+    assert rows.labels == ()  # there is no head whose outputs they would name
+    source = DataSource(train=write(tmp_path, ".jsonl", [{"sentence": "a", "class": "maybe"}]))
+    with pytest.raises(DataError, match="row 1 of train has 'maybe' in column 'class', wanted one of its labels"):
+        load_rows(
+            TaskFile(name="mine", kind="causal_lm", data=source, text="sentence", target="class", labels=("a", "b")),
+            "train",
+        )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from graftory.data import load_task
+from graftory.data import TaskFile, load_task
 from graftory.errors import ConfigError
 
 GOOD = """
@@ -43,7 +43,30 @@ def test_a_sample_fills_in_what_the_file_leaves_out(tmp_path: Path) -> None:
 def test_a_sample_can_be_another_kind_of_task(tmp_path: Path) -> None:
     text = "name: trec-words\nkind: seq2seq\ndata: {sample: wheel:trec}\ntarget: label\nmetric: exact_match\n"
     task = load_task(write(tmp_path, text))
-    assert (task.kind, task.label, task.target, task.labels) == ("seq2seq", None, "label", ())
+    assert (task.kind, task.label, task.target) == ("seq2seq", None, "label")
+    # the words that it may write are known, in the sample's order
+    assert (task.labels[:2], len(task.labels)) == (("description", "entity"), 6)
+    other = task_of(tmp_path, text.replace("target: label", "target: text"))
+    assert other.labels == ()
+
+
+def task_of(folder: Path, text: str) -> TaskFile:
+    return load_task(write(folder, text))
+
+
+WORDS = "name: mine\nkind: causal_lm\ndata: {train: a.csv}\ntext: text\ntarget: class\n"
+
+
+def test_a_task_of_text_may_name_its_words(tmp_path: Path) -> None:
+    task = task_of(tmp_path, f"{WORDS}labels: [no, yes]\nmetric: accuracy\n".replace("no, yes", "'no', 'yes'"))
+    assert (task.labels, task.metric) == (("no", "yes"), "accuracy")
+    assert task_of(tmp_path, f"{WORDS}metric: likelihood\n").metric == "likelihood"
+    with pytest.raises(
+        ConfigError, match="metric accuracy: a causal_lm task is scored word against word; name the words"
+    ):
+        task_of(tmp_path, f"{WORDS}metric: accuracy\n")
+    with pytest.raises(ConfigError, match="'labels' does not go with a regression task"):
+        task_of(tmp_path, f"{WORDS}labels: [a, b]\n".replace("causal_lm", "regression").replace("target", "label"))
 
 
 @pytest.mark.parametrize(

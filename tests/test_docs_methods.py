@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from graftory.adapters import METHODS
+from graftory.compose import METHODS as MERGES
 from graftory.config import CONFIGS
+from graftory.hub.codecs.peft import WRITES
 
 TEXT = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
 SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]}
@@ -39,3 +41,15 @@ def test_the_table_says_what_is_linear() -> None:
     for name in TRAINED:
         (row,) = re.findall(rf"^\| {name} \|(.*)\|$", TEXT, flags=re.MULTILINE)
         assert (row.split("|")[2].strip() == "yes") is METHODS[name].linear
+
+
+def test_the_table_says_what_merges_and_what_files_hold_it() -> None:
+    """By the tables of merges and of PEFT's files; a way to train is what it is stored as."""
+    mergeable = {name for merge in MERGES.values() for name in merge.accepts}
+    for name in TRAINED:
+        (row,) = re.findall(rf"^\| {name} \|(.*)\|$", TEXT, flags=re.MULTILINE)
+        mixed, merges, _, files = (cell.strip() for cell in row.split("|"))
+        kept = CONFIGS[CONFIGS[name].stored_as or name]
+        assert mixed.startswith("yes")
+        assert merges == ("yes" if kept.method in mergeable else "–") or merges.startswith("yes, as")
+        assert ("PEFT's" in files) is (kept in WRITES)

@@ -32,8 +32,18 @@ def test_sequence_is_read_with_all_its_tasks() -> None:
     assert [load_task(source).name for source in sequence.tasks] == ["trec", "sms", "tickets"]
 
 
+def test_the_sequence_of_words_is_read_with_its_probe() -> None:
+    sequence = load_sequence(EXAMPLES / "sequence-words.yaml")
+    tasks = [load_task(source) for source in sequence.tasks]
+    assert [(task.kind, task.metric) for task in tasks] == [("causal_lm", "exact_match"), ("causal_lm", "accuracy")]
+    assert tasks[0].labels[:2] == ("description", "entity")
+    assert sequence.probe is not None
+    assert sequence.probe.text == "wheel:valence-nyt"
+
+
 def test_every_yaml_is_tested_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.yaml")} == {"tickets.yaml", "rotten-tomatoes.yaml", "sequence.yaml"}
+    tasks = {"tickets.yaml", "rotten-tomatoes.yaml", "words-trec.yaml", "words-movies.yaml"}
+    assert {path.name for path in EXAMPLES.glob("*.yaml")} == {*tasks, "sequence.yaml", "sequence-words.yaml"}
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))

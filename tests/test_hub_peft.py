@@ -241,8 +241,6 @@ def refused(folder: Path, tmp_path: Path, error: type[Exception], text: str) -> 
 
 
 UNSUPPORTED: list[tuple[str, Any]] = [
-    ("bias", "all"),
-    ("lora_bias", True),
     ("layer_replication", [[0, 2]]),
     ("megatron_config", {"x": 1}),
     ("trainable_token_indices", [1]),
@@ -250,7 +248,7 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("alora_invocation_tokens", [3]),
     ("init_lora_weights", "pissa"),
     ("auto_mapping", {"base_model_class": "X", "parent_library": "evil.module"}),
-    ("peft_type", "LOHA"),
+    ("peft_type", "XLORA"),
     ("task_type", "TOKEN_CLS"),
     ("a_feature_of_next_year", {"on": True}),
     ("rank_pattern", {"(a+)+$": 3}),
@@ -271,6 +269,8 @@ IMPOSSIBLE: list[tuple[str, Any]] = [
     ("lora_dropout", 1.5),
     ("use_rslora", 1),
     ("use_dora", "yes"),
+    ("bias", "some"),
+    ("lora_bias", 2),
     ("modules_to_save", "classifier"),
     ("rank_pattern", {"q": 0}),
     ("base_model_name_or_path", 3),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from graftory.config import BottleneckConfig, LoraConfig
 from graftory.data import Rows, TaskFile
 from graftory.errors import ConfigError
 from graftory.training import Job, LoadedBase, Query, TrainSettings, evaluate, measure, predict, train
+from graftory.training.predict import read
 from tests.training_samples import tiny_base, tiny_rows, tiny_task
 
 SETTINGS = TrainSettings(epochs=12, learning_rate=1e-2, batch_size=8)
@@ -99,6 +102,73 @@ def test_language_models_write_what_they_learned(tmp_path: Path, kind: TaskKind)
     assert list(together[:6]) == singly
     share = sum(each.text == target for each, target in zip(together[::2], rows.targets, strict=True)) / 18
     assert share == pytest.approx(mine[0].value)
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "seq2seq"])
+def test_words_are_scored_against_each_other_in_mixed_batches(tmp_path: Path, kind: TaskKind) -> None:
+    """The likeliest of the words, end token and all, by plain forward passes of one row and one word."""
+    loaded = tiny_base(kind, tmp_path)
+    words = tuple(sorted({str(target) for target in tiny_rows(kind).targets}))
+    task, rows = tiny_task(kind, metric="accuracy", labels=words), tiny_rows(kind, 18)
+    adapter = train(loaded, task, rows, LoraConfig(targets=("all",)), replace(SETTINGS, epochs=8), name="tiny")
+    jobs = [Job("mine", adapter, None, task, rows), Job("bare", None, None, replace(task, metric="likelihood"), rows)]
+    mine, bare = evaluate(loaded, jobs, batch_size=7)
+    assert [metric.name for metric in (*mine, *bare)] == ["accuracy", "loss", "likelihood", "loss"]
+    assert bare[0].value == pytest.approx(math.exp(-bare[1].value))
+    adapted = attach(loaded.model, {"x": adapter})
+    right = 0
+    for text, target in zip(rows.texts, rows.targets, strict=True):
+        totals = []
+        for word in words:
+            with torch.no_grad(), adapted.route("x"):
+                totals.append(log_probability(loaded, adapted, str(text), word, kind))
+        right += words[totals.index(max(totals))] == target
+    adapted.detach()
+    assert mine[0].value == pytest.approx(right / 18)
+    assert mine[0].value > 0.5
+
+
+def log_probability(loaded: LoadedBase, adapted: Any, text: str, word: str, kind: TaskKind) -> float:
+    """log p(word, end | text), token by token."""
+    ids = loaded.tokenizer(text)["input_ids"]
+    answer = loaded.tokenizer(word, add_special_tokens=False)["input_ids"] + [loaded.tokenizer.eos_token_id]
+    if kind == "seq2seq":
+        start = loaded.model.config.decoder_start_token_id
+        logits = adapted(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([[start, *answer[:-1]]])).logits
+    else:
+        logits = adapted(input_ids=torch.tensor([ids + answer])).logits[:, len(ids) - 1 : -1]
+    log = logits[0].double().log_softmax(-1)
+    return float(log[range(len(answer)), answer].sum())
+
+
+def test_a_language_model_has_to_stop_where_the_answer_does(tmp_path: Path) -> None:
+    """By default more tokens than the longest right answer are written, so that one who goes on is found out."""
+    loaded = tiny_base("causal_lm", tmp_path)
+    task, rows = tiny_task("causal_lm", metric="exact_match"), tiny_rows("causal_lm", 18)
+    settings = replace(SETTINGS, epochs=30, learning_rate=2e-2)
+    longer = Rows("train", rows.texts, tuple(f"{target} w39 w39" for target in rows.targets))
+    adapter = train(loaded, task, longer, LoraConfig(targets=("all",), rank=16), settings, name="tiny")
+    own, cut = evaluate(loaded, [Job("own", adapter, None, task, longer), Job("cut", adapter, None, task, rows)])
+    assert own[0].value > 0.8
+    assert cut[0].value == 0.0
+
+
+def test_plain_text_is_read_with_each_its_adapter(tmp_path: Path) -> None:
+    loaded = tiny_base("causal_lm", tmp_path)
+    task, rows = tiny_task("causal_lm"), tiny_rows("causal_lm", 18)
+    adapter = train(loaded, task, rows, LoraConfig(targets=("all",)), SETTINGS, name="tiny")
+    texts = ("w1 w2 w3 w4", "w5 w6", "w7 w8 w9 w1 w2 w3", "w1")
+    scored = read(loaded, texts, (adapter, None, adapter, None), max_length=5, batch_size=3)
+    assert [row.targets for row in scored] == [3, 1, 4, 0]
+    adapted = attach(loaded.model, {"x": adapter})
+    for text, row, name in zip(texts[:3], scored, ("x", None, "x"), strict=False):
+        ids = torch.tensor([loaded.tokenizer(text)["input_ids"][:5]])
+        with torch.no_grad(), adapted.route([name]):
+            mean = float(adapted(input_ids=ids, labels=ids).loss)
+        assert row.loss / row.targets == pytest.approx(mean, rel=1e-4)
+    adapted.detach()
+    with pytest.raises(ConfigError, match="wanted a causal language model"):
+        read(tiny_base("seq2seq", tmp_path / "t5"), ["w1 w2"], [None])
 
 
 def test_predictions_carry_labels_probabilities_and_values(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ class AdaptedModel(nn.Module):
         """The live weights of an attached adapter but its head's, by their names in `Adapter.tensors`."""
         entry = self._entry(name)
         sites = [(self._site(key), path) for key, path in entry.sites]
-        return {f"{path}.{part}": site.get(entry.slot, part) for site, path in sites for part in site.parts(entry.slot)}
+        return {name: weight for site, path in sites for name, weight in site.live(entry.slot, path).items()}
 
     @contextmanager
     def made(self, name: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -150,14 +150,18 @@ class AdaptedModel(nn.Module):
         Gradients go to whatever made them.
         """
         entry = self._entry(name)
+        before = {key: self._site(key).made.get(entry.slot) for key, _ in entry.sites}
         for key, path in entry.sites:
             site = self._site(key)
             site.made[entry.slot] = {part: tensors[f"{path}.{part}"] for part in site.parts(entry.slot)}
         try:
             yield
         finally:
-            for key, _ in entry.sites:
-                self._site(key).made.pop(entry.slot, None)
+            for key, was in before.items():
+                made = self._site(key).made
+                made.pop(entry.slot, None)
+                if was is not None:
+                    made[entry.slot] = was
 
     def slot_of(self, name: str) -> str:
         """The slot that sites keep an attached adapter's weights in."""
@@ -201,6 +205,8 @@ class AdaptedModel(nn.Module):
             if key not in self.sites:
                 self.sites[key] = site
                 site.install(self.model)
+            if entry.sites:
+                site.join(entry.slot, self._site(entry.sites[0][0]))
             entry = replace(entry, sites=(*entry.sites, (key, path)))
         return entry
 
@@ -228,7 +234,7 @@ class AdaptedModel(nn.Module):
     def _parameters_of(self, slot: str, *, requires_grad: bool) -> None:
         for site in self._holders():
             if slot in site.weights:
-                site.weights[slot].requires_grad_(requires_grad)
+                site.learn(slot, requires_grad)
 
     def _check_base(self, name: str, wanted: BaseModel) -> None:
         if wanted.config_hash is None and wanted.weights_hash is None:

@@ -10,7 +10,7 @@ taken before its dropout (AdapterHub takes it behind); in evaluation they are th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
@@ -28,8 +28,10 @@ from graftory.adapters.banked_site import dropout_of
 from graftory.adapters.fusion_math import Source
 from graftory.adapters.fusion_site import FusableSite, named
 from graftory.adapters.method import Method
+from graftory.adapters.phm import RULE, Factored, phm_shapes
 from graftory.adapters.route import Selection
-from graftory.config import Activation, BottleneckConfig, NormedBottleneckConfig, Placement
+from graftory.adapters.site import Site, key_of
+from graftory.config import Activation, BottleneckConfig, CompacterConfig, NormedBottleneckConfig, Placement
 from graftory.errors import UnsupportedAdapterError
 from graftory.kernels import batched_bottleneck
 
@@ -44,6 +46,40 @@ class BottleneckSite(FusableSite[BottleneckConfig]):
     def __init__(self, model: PreTrainedModel, path: str, owner: int) -> None:
         super().__init__(model, path, owner)
         self.width = residual_width(model, path)
+        self.expanded = nn.ModuleDict()
+        """Places in the bank of adapters whose D and U are made at each use."""
+
+    def put(self, slot: str, config: Any, path: str, adapter: Adapter) -> None:
+        """See `Site.put`; a compacter keeps its factors, and stands in the bank with its size."""
+        if not isinstance(config, CompacterConfig):
+            super().put(slot, config, path, adapter)
+            return
+        shapes = phm_shapes(config, path, self.width)
+        own = {part: self.fitting(adapter, path, part, shape) for part, shape in shapes.items()}
+        first, n = config.targets[0], config.division
+        made = Factored(own, own.get(RULE, self.fitting(adapter, first, RULE, (n, n, n))))
+        dense = {f"{path}.{part}": made[part].detach() for part in (DOWN, DOWN_BIAS, UP, UP_BIAS)}
+        super().put(slot, config, path, Adapter(adapter.spec, dense))
+        self.expanded[slot] = self.weights[slot].requires_grad_(False)
+        self.weights[slot] = nn.ParameterDict({key_of(part): weight for part, weight in own.items()})
+        self.made[slot] = made
+
+    def join(self, slot: str, first: Site[Any]) -> None:
+        """See `Site.join`: a compacter has one A."""
+        shared, made = first.made.get(slot), self.made.get(slot)
+        if isinstance(shared, Factored) and isinstance(made, Factored):
+            made.rule = shared.rule
+
+    def drop(self, slot: str) -> None:
+        """See `Site.drop`."""
+        super().drop(slot)
+        if slot in self.expanded:
+            del self.expanded[slot], self.made[slot]
+
+    def parts(self, slot: str) -> Sequence[str]:
+        """See `Site.parts`; a compacter's A is at its first site."""
+        made = self.made.get(slot)
+        return tuple(made.own) if isinstance(made, Factored) else super().parts(slot)
 
     def shapes(self, config: BottleneckConfig, path: str) -> Mapping[str, tuple[int, ...]]:
         """[size, d], [size], [d, size], [d]."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter, AdapterSpec, BaseModel, Lineage, TaskInfo
@@ -41,8 +40,8 @@ def new_adapter(
     seed = 0 if config.init_seed is None else config.init_seed
     config = method.fill(model, replace(config, targets=method.resolve(model, config), init_seed=seed))
     generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for path in config.targets:
+    tensors = method.whole(model, config, generator) if method.whole else {}
+    for path in config.targets if method.whole is None else ():
         for part, tensor in method.initial(model, path, config, generator).items():
             tensors[f"{path}.{part}"] = tensor
     heads = head_paths(model) if task and task.outputs else ()

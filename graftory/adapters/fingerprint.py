@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from graftory.adapters.architectures import HEADS
 from graftory.schema import canonical
 
 _NOT_BACKBONE = {*HEADS, "lm_head", "cls", "qa_outputs", "pooler"}
+_PIECE = 1 << 20
+"""Numbers that are rounded at a time: an embedding is a large part of a small model."""
 _SET_BY_CALLS = ("padding", "truncation")
 
 
@@ -37,21 +39,39 @@ def base_of(
         revision: Commit of the model on its hub, if known.
         tokenizer: Its tokenizer, if it has one.
     """
-    shapes, weights = [], hashlib.sha256()
-    for name, tensor in _backbone(model):
-        shapes.append([name, list(tensor.shape)])
-        weights.update(name.encode())
-        weights.update(tensor.detach().to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().data)
     architecture = model.config.model_type
-    config = hashlib.sha256(canonical({"architecture": architecture, "shapes": shapes}))
+    config, weights = hashes_of(architecture, _backbone(model))
     return BaseModel(
         id=id or model.config._name_or_path or architecture,
         revision=revision,
         architecture=architecture,
-        config_hash=f"sha256:{config.hexdigest()}",
-        weights_hash=f"sha256:{weights.hexdigest()}",
+        config_hash=config,
+        weights_hash=weights,
         tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
     )
+
+
+def hashes_of(architecture: str, named: Iterable[tuple[str, Tensor]]) -> tuple[str, str]:
+    """`config_hash` and `weights_hash` of a backbone; one tensor at a time is looked at.
+
+    Args:
+        architecture: `config.model_type`.
+        named: The tensors of the backbone by `backbone_names`, in that order.
+    """
+    shapes, weights = [], hashlib.sha256()
+    for name, tensor in named:
+        shapes.append([name, list(tensor.shape)])
+        weights.update(name.encode())
+        for piece in tensor.detach().reshape(-1).split(_PIECE):
+            weights.update(piece.to(torch.bfloat16).contiguous().view(torch.int16).cpu().numpy().data)
+    config = hashlib.sha256(canonical({"architecture": architecture, "shapes": shapes}))
+    return f"sha256:{config.hexdigest()}", f"sha256:{weights.hexdigest()}"
+
+
+def backbone_names(model: PreTrainedModel) -> list[str]:
+    """The parameters that fingerprints are taken of, by their names in the bare backbone, in order."""
+    names = sorted(name for name, _ in model.base_model.named_parameters())
+    return [name for name in names if name.split(".")[0] not in _NOT_BACKBONE]
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -74,6 +94,5 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def _backbone(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in sorted(model.base_model.named_parameters()):
-        if name.split(".")[0] not in _NOT_BACKBONE:
-            yield name, tensor
+    parameters = dict(model.base_model.named_parameters())
+    return ((name, parameters[name]) for name in backbone_names(model))

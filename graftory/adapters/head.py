@@ -76,6 +76,10 @@ class HeadSite(nn.Module):
         if self.bank is not None and slot in self.bank.layout:
             self.bank.drop(slot)
 
+    def learn(self, slot: str, learns: bool) -> None:
+        """Let an adapter's head learn, or freeze it."""
+        self.weights[slot].requires_grad_(learns)
+
     def tensors(self, slot: str) -> dict[str, Tensor]:
         """Copies of an adapter's head, on the CPU."""
         named = self.weights[slot].named_parameters()

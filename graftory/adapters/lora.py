@@ -82,7 +82,7 @@ class LoraSite(FusableSite[LoraConfig]):
             kept = dropout_of([self.configs[slot].dropout for slot in selection.slots], selection.index, x.shape)
             x = x if kept is None else x * kept.to(x.dtype)
         used = self.used(bank, selection)
-        a, b = used.tensors
+        a, b, *_ = used.tensors
         return batched_lora(x, a, b, used.scale, used.routing, selection.weights, ranks=used.sizes)
 
 

@@ -44,3 +44,5 @@ class Method:
     """Where a configuration's tensors are: a site for each path, with the part of the configuration it is for."""
     fill: Callable[[PreTrainedModel, Any], AdapterConfig] = as_it_is
     """A configuration whose targets are explicit, with what else it takes from the model."""
+    whole: Callable[[PreTrainedModel, Any, torch.Generator], dict[str, Tensor]] | None = None
+    """Fresh tensors of a whole adapter, by their names in it, where `initial` for one path at a time will not do."""

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import linear_widths, matching, module_at, need_architecture
-from graftory.adapters.banked_site import BankedSite
+from graftory.adapters.banked_site import BankedSite, Used
 from graftory.adapters.method import Method
 from graftory.adapters.prefix_attention import Front, unwatch, watch
+from graftory.adapters.route import Selection
 from graftory.config import PrefixConfig
 from graftory.errors import RouteError, UnsupportedAdapterError
 
@@ -51,7 +52,7 @@ class PrefixSite(BankedSite[PrefixConfig]):
     def uninstall(self) -> None:
         """See `Site.uninstall`."""
         super().uninstall()
-        unwatch(self.module, self.model)
+        unwatch(self.module, self, self.model)
 
     def shapes(self, config: PrefixConfig, path: str) -> Mapping[str, tuple[int, ...]]:
         """[l, d_k], [l, d_v]."""
@@ -80,17 +81,22 @@ class PrefixSite(BankedSite[PrefixConfig]):
                     "weight 1, beside any others"
                 )
             used = self.used(bank, selection)
-            own = used.index[:, 0]
-            front = (tensor[own, :size] for tensor in used.tensors)
+            front = (part[:, :size] for part in self.vectors(used, selection))
             keys, values = (
                 selection.add(whole, _widened(part, size)) for whole, part in zip((keys, values), front, strict=True)
             )
-            lengths = selection.add(lengths, used.sizes[own].long())
+            lengths = selection.add(lengths, used.sizes[used.index[:, 0]].long())
         return Front(keys, values, torch.arange(size, device=batch.device) < lengths[:, None])
+
+    def vectors(self, used: Used, selection: Selection) -> tuple[Tensor, Tensor]:
+        """The keys and values of each row of a selection with one adapter each, [E, slots, d_k] and [E, slots, d_v]."""
+        del selection
+        own = used.index[:, 0]
+        return used.tensors[0][own], used.tensors[1][own]
 
     @property
     def _tap(self) -> str:
-        return f"{self.path} prefix"
+        return f"{self.path} {type(self).__name__}"
 
     def _hook(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         del args

@@ -7,7 +7,7 @@ which calls the one that was named before: as it is, unless the module's watcher
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -48,7 +48,7 @@ class Watcher(Protocol):
         """What to put in front of a batch [rows, ...]; None to leave the attention as it is."""
 
 
-_WATCHERS: WeakKeyDictionary[nn.Module, Watcher] = WeakKeyDictionary()
+_WATCHERS: WeakKeyDictionary[nn.Module, tuple[Watcher, ...]] = WeakKeyDictionary()
 
 
 def watch(module: nn.Module, watcher: Watcher) -> None:
@@ -66,12 +66,14 @@ def watch(module: nn.Module, watcher: Watcher) -> None:
                 "attn_implementation='sdpa'"
             )
         config._attn_implementation = _registered(named)
-    _WATCHERS[module] = watcher
+    _WATCHERS[module] = (*_WATCHERS.get(module, ()), watcher)
 
 
-def unwatch(module: nn.Module, model: nn.Module) -> None:
+def unwatch(module: nn.Module, watcher: Watcher, model: nn.Module) -> None:
     """Stop; with the last watched module of a model its configurations name what they named before."""
-    _WATCHERS.pop(module, None)
+    left = tuple(each for each in _WATCHERS.pop(module, ()) if each is not watcher)
+    if left:
+        _WATCHERS[module] = left
     if any(each in _WATCHERS for each in model.modules()):
         return
     for each in (model, *model.modules()):
@@ -96,8 +98,7 @@ def _around(named: str) -> Callable[..., Any]:
     ) -> Any:
         default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         plain: Any = ALL_ATTENTION_FUNCTIONS.get(named, default)
-        watcher = _WATCHERS.get(module)
-        front = watcher.front(query) if watcher is not None else None
+        front = _joined([watcher.front(query) for watcher in _WATCHERS.get(module, ())])
         if front is None:
             return plain(module, query, key, value, attention_mask, **options)
         mask = _with_slots(_explicit(attention_mask, module, query, key, options), front.used)
@@ -108,6 +109,14 @@ def _around(named: str) -> Callable[..., Any]:
         return plain(module, query, key, value, mask, **options)
 
     return attention
+
+
+def _joined(fronts: Sequence[Front | None]) -> Front | None:
+    """What several watchers put in front, one after another."""
+    found = [front for front in fronts if front is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    return Front(*(torch.cat([getattr(front, name) for front in found], dim=1) for name in ("keys", "values", "used")))
 
 
 def _explicit(mask: Tensor | None, module: nn.Module, query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:

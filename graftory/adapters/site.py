@@ -75,14 +75,17 @@ class Site(nn.Module, ABC, Generic[C]):
             path: The module's path as the adapter spells it.
         """
 
-    def listen(self, hook: Callable[..., Any]) -> None:
-        """Register a hook on what the module returns, among those of other sites by `order`, whoever came first."""
-        self.handles.append(self.module.register_forward_hook(hook))
-        hooks: Any = self.module._forward_hooks  # an OrderedDict, whatever its annotation says
+    def listen(self, hook: Callable[..., Any], module: nn.Module | None = None) -> RemovableHandle:
+        """Register a hook on what a module (None: the site's own) returns, among those of other sites by `order`,
+        whoever came first."""
+        module = self.module if module is None else module
+        self.handles.append(module.register_forward_hook(hook))
+        hooks: Any = module._forward_hooks  # an OrderedDict, whatever its annotation says
         ranked = sorted(hooks, key=lambda number: getattr(getattr(hooks[number], "__self__", None), "order", 0))
         if ranked != list(hooks):
             for number in ranked:
                 hooks.move_to_end(number)
+        return self.handles[-1]
 
     def reserve(self, places: int) -> None:
         """Make room for so many adapters, if that is of use."""
@@ -104,6 +107,9 @@ class Site(nn.Module, ABC, Generic[C]):
             parameters[key_of(part)] = self.fitting(adapter, path, part, shape)
         self.weights[slot] = parameters
         self.configs[slot] = config
+
+    def join(self, slot: str, first: Site[Any]) -> None:
+        """Take the weights that all sites of an adapter share from the first of them; most methods share none."""
 
     def fitting(self, adapter: Adapter, path: str, part: str, shape: tuple[int, ...]) -> nn.Parameter:
         """A copy of one tensor of an adapter, where the base is.
@@ -128,6 +134,14 @@ class Site(nn.Module, ABC, Generic[C]):
     def tensors(self, slot: str, path: str) -> dict[str, Tensor]:
         """Copies of an adapter's weights, on the CPU, under its own spelling of the path."""
         return {f"{path}.{part}": self.get(slot, part).detach().cpu().clone() for part in self.parts(slot)}
+
+    def live(self, slot: str, path: str) -> dict[str, Tensor]:
+        """An adapter's weights themselves, under its own spelling of the path."""
+        return {f"{path}.{part}": self.get(slot, part) for part in self.parts(slot)}
+
+    def learn(self, slot: str, learns: bool) -> None:
+        """Let an adapter's weights learn, or freeze them."""
+        self.weights[slot].requires_grad_(learns)
 
     def get(self, slot: str, part: str) -> Tensor:
         """One weight of one adapter."""

@@ -4,22 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from graftory.adapters.apt import APT
 from graftory.adapters.bitfit import BITFIT
 from graftory.adapters.bottleneck import BOTTLENECK, NORMED_BOTTLENECK
+from graftory.adapters.compacter import COMPACTER
 from graftory.adapters.dora import DORA
 from graftory.adapters.fusion import FUSION
 from graftory.adapters.ia3 import IA3
+from graftory.adapters.krona import KRONA
 from graftory.adapters.lora import LORA
+from graftory.adapters.lora_bias import LORA_BIAS
 from graftory.adapters.method import Method
+from graftory.adapters.peft_trained.table import PEFT_METHODS
 from graftory.adapters.prefix import PREFIX
 from graftory.adapters.prompt import PROMPT
 from graftory.adapters.smop import SMOP
+from graftory.adapters.unipelt import UNIPELT
+from graftory.adapters.update import UPDATE
+from graftory.adapters.ways import WAYS
 from graftory.config import AdapterConfig
 from graftory.errors import UnsupportedAdapterError
 
 METHODS: Mapping[str, Method] = {
     method.name: method
-    for method in (LORA, DORA, IA3, BITFIT, PREFIX, BOTTLENECK, NORMED_BOTTLENECK, FUSION, SMOP, PROMPT)
+    for method in (
+        LORA,
+        DORA,
+        IA3,
+        BITFIT,
+        UPDATE,
+        PREFIX,
+        APT,
+        BOTTLENECK,
+        COMPACTER,
+        KRONA,
+        UNIPELT,
+        NORMED_BOTTLENECK,
+        FUSION,
+        SMOP,
+        PROMPT,
+        *WAYS,
+        LORA_BIAS,
+        *PEFT_METHODS,
+    )
 }
 """Every method that can be attached, by name."""
 

@@ -12,7 +12,8 @@ import click
 from graftory.commands.output import json_option, print_json, print_table
 
 if TYPE_CHECKING:
-    from graftory.continual import Event, Report
+    from graftory.continual import Event, Report, RouterSettings, StudyReport
+    from graftory.continual.state import Commit
 
 
 @click.group("continual")
@@ -36,7 +37,19 @@ def command() -> None:
     multiple=True,
     help="A parameter of the strategy; of one of several plugins: PLUGIN.KEY=VALUE. Any number of times.",
 )
+@click.option(
+    "--router",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="A setting of the router: layers=[0,3,6], quantile=1, answer=mixture, ... Any number of times.",
+)
 @click.option("--seed", type=int, help="Seed of everything. [default: the file's]")
+@click.option(
+    "--max-drop",
+    type=float,
+    help="Reject a step after which an old task's score is lower by more than this share (0.02: 2 points). "
+    "[default: the file's]",
+)
 @click.option(
     "--dir",
     "folder",
@@ -50,7 +63,9 @@ def run(
     file: Path,
     strategy: str | None,
     parameters: tuple[str, ...],
+    router: tuple[str, ...],
     seed: int | None,
+    max_drop: float | None,
     folder: Path | None,
     as_json: bool,
 ) -> None:
@@ -58,46 +73,68 @@ def run(
 
     Every step becomes a version in the hub. A run that was stopped goes on with the task it was at; a
     finished one is only reported. The report says how well each task is answered after each step, with
-    the task given and, where the strategy allows, with the router choosing the adapter.
+    the task given and, where the strategy allows, with the router choosing the adapter. With --max-drop, a
+    step at which old tasks lose too much is kept as a version, but the run goes on from the step before.
+
+    A file with `orders` or `seeds` is as many runs as there are combinations, each in a folder of its own;
+    the report has means and standard deviations. Started by torchrun or accelerate launch, all processes
+    train together, and the first one writes.
 
     \b
     Example:
       hub continual run sequence.yaml
       hub continual run sequence.yaml --strategy seq --dir runs/seq
       hub continual run sequence.yaml --strategy ewc --param strength=500
+      hub continual run sequence.yaml --strategy ranpac --param size=2000
+      hub continual run sequence.yaml --router layers=[0,3,6] --router answer=mixture
+      hub continual run sequence.yaml --strategy seq --max-drop 0.05
     """
-    from graftory.continual import load_sequence, run_sequence
+    from graftory.continual import load_study, run_sequence, run_study
     from graftory.hub import Hub
+    from graftory.training import processes
 
-    sequence = load_sequence(file)
+    study = load_study(file)
+    sequence = study.sequence
     if strategy is not None and strategy != sequence.strategy:
         # the file's parameters are those of its own strategy
         sequence = replace(sequence, strategy=strategy, parameters={})
     if parameters:
         sequence = replace(sequence, parameters=with_parameters(sequence.parameters, parameters))
+    if router:
+        sequence = replace(sequence, router=with_router(sequence.router, router))
     if seed is not None:
         sequence = replace(sequence, seed=seed)
+        study = replace(study, seeds=())
+    if max_drop is not None:
+        sequence = replace(sequence, max_drop=max_drop)
     hub = Hub.open(registry)
     folder = folder or Path(f"{sequence.name}-{sequence.strategy}")
     total = len(sequence.tasks)
+    study = replace(study, sequence=sequence)
+    if not study.is_one:
+        several = run_study(study, hub, folder, progress=lambda run, event: announce(event, total, f"{run.folder}, "))
+        if processes.is_first():
+            show_study(several, folder, as_json)
+        return
     report = run_sequence(sequence, hub, folder, progress=lambda event: announce(event, total))
-    show([report], [folder], as_json)
+    if processes.is_first():
+        show([report], [folder], as_json)
 
 
 @command.command("report")
 @click.argument("folders", metavar="DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @json_option
 def report(folders: tuple[Path, ...], as_json: bool) -> None:
-    """Compare finished runs in one table.
+    """Compare finished runs, or the runs of studies, in one table.
 
     \b
     Example:
       hub continual report my-sequence-isolated my-sequence-seq
       hub continual report my-sequence-isolated --json
     """
-    from graftory.continual import load_report
+    from graftory.continual.study import load_reports, run_folders
 
-    show([load_report(folder) for folder in folders], folders, as_json)
+    show(load_reports(folders), [run for folder in folders for run in run_folders(folder)], as_json)
 
 
 @command.command("compare")
@@ -114,10 +151,10 @@ def compare(folders: tuple[Path, ...], reference: str | None, as_json: bool) -> 
     Example:
       hub continual compare runs/* --reference seq
     """
-    from graftory.continual import load_report
     from graftory.continual.compare import difference_rows, mean_rows, paired_differences
+    from graftory.continual.study import load_reports
 
-    reports = [load_report(folder) for folder in folders]
+    reports = load_reports(folders)
     differences = paired_differences(reports, reference)
     means = mean_rows(reports)
     if as_json:
@@ -133,15 +170,24 @@ def compare(folders: tuple[Path, ...], reference: str | None, as_json: bool) -> 
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @json_option
 def status(folder: Path, as_json: bool) -> None:
-    """Say how far a run is. To go on with it, start it again.
+    """Say how far a run, or each run of a study, is. To go on with it, start it again.
 
     \b
     Example:
       hub continual status runs/seq
     """
     from graftory.continual.state import RunFolder
+    from graftory.continual.study import run_folders
     from graftory.errors import DataError
 
+    runs = run_folders(folder)
+    if runs != (folder,):
+        found = [(run.name, len(RunFolder(run).commits())) for run in runs]
+        if as_json:
+            print_json({"runs": [{"run": name, "learnt": count} for name, count in found]})
+        else:
+            print_table(("run", "tasks learnt"), [(name, str(count)) for name, count in found])
+        return
     state = RunFolder(folder)
     commits, events = state.commits(), state.events()
     if not events:
@@ -149,13 +195,26 @@ def status(folder: Path, as_json: bool) -> None:
     if as_json:
         print_json({"learnt": commits, "last": events[-1]})
         return
-    columns = ("step", "task", "adapter", "stored, kB")
-    print_table(columns, [(str(c.step), c.task, c.ref, f"{sum(c.stored.values()) / 1000:.1f}") for c in commits])
+    columns = ("step", "task", "adapter", "gate", "stored, kB")
+    rows = [(str(c.step), c.task, c.ref, _gate(c), f"{sum(c.stored.values()) / 1000:.1f}") for c in commits]
+    print_table(columns, rows)
     last = events[-1]
     click.echo(f"last event: step {last.step}, {last.task}: {last.phase}, {last.time}")
 
 
-def with_parameters(parameters: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+def with_router(settings: RouterSettings, changes: Sequence[str]) -> RouterSettings:
+    """Settings of the router with those of the command line.
+
+    Raises:
+        ConfigError: If one has another form, or is none of the router's.
+    """
+    from graftory.continual import RouterSettings
+    from graftory.schema import decode, encode
+
+    return decode(RouterSettings, with_parameters(encode(settings), changes, "--router"), "--router")
+
+
+def with_parameters(parameters: Mapping[str, Any], changes: Sequence[str], option: str = "--param") -> dict[str, Any]:
     """Parameters of a strategy with those of the command line, each `KEY=VALUE` or `PLUGIN.KEY=VALUE`, as YAML reads
     the value.
 
@@ -170,20 +229,38 @@ def with_parameters(parameters: Mapping[str, Any], changes: Sequence[str]) -> di
     for text in changes:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--param: got {text!r}, wanted KEY=VALUE")
+            raise ConfigError(f"{option}: got {text!r}, wanted KEY=VALUE")
         try:
             read = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ConfigError(f"--param {key}: cannot read the value {value!r}") from None
+            raise ConfigError(f"{option} {key}: cannot read the value {value!r}") from None
         owner, dot, inner = key.partition(".")
         inside = changed.get(owner)
         changed[owner] = {**(inside if isinstance(inside, dict) else {}), inner: read} if dot else read
     return changed
 
 
-def announce(event: Event, total: int) -> None:
+def _gate(commit: Commit) -> str:
+    return "accepted" if commit.accepted else f"rejected: {commit.fell} {-100 * commit.drop:+.1f} points"
+
+
+def announce(event: Event, total: int, before: str = "") -> None:
     """Say on the standard error which phase begins."""
-    click.echo(f"task {event.step} of {total}, {event.task}: {event.phase}", err=True)
+    click.echo(f"{before}task {event.step} of {total}, {event.task}: {event.phase}", err=True)
+
+
+def show_study(study: StudyReport, folder: Path, as_json: bool) -> None:
+    """Print means and standard deviations over runs and where the reports are, or all of it as JSON."""
+    from graftory.continual.compare import mean_rows
+
+    if as_json:
+        print_json(study)
+        return
+    rows = mean_rows(study.reports)
+    print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    click.echo(f"report: {folder / 'study.md'}")
+    for run in study.runs:
+        click.echo(f"run: {folder / run.folder / 'report.md'}")
 
 
 def show(reports: Sequence[Report], folders: Sequence[Path], as_json: bool) -> None:

@@ -13,6 +13,7 @@ from graftory.errors import ConfigError
 
 if TYPE_CHECKING:
     from graftory.compose.merge.ledger import Remade
+    from graftory.compose.merge.weighting import Weights
 
 _GO_WITH = {"again": {"refs", "again", "as_json"}, "without": {"refs", "without", "name", "weights", "as_json"}}
 """Parameters that go with each; the record says the others."""
@@ -24,7 +25,7 @@ def from_record(
     again: bool,
     without: Sequence[str],
     name: str | None,
-    weights: Sequence[float] | None,
+    weights: Weights | None,
     as_json: bool,
 ) -> None:
     """Merge again what one record says.
@@ -85,7 +86,7 @@ def leave_out(
     ref: str,
     without: Sequence[str],
     name: str,
-    weights: Sequence[float] | None,
+    weights: Weights | None,
     as_json: bool,
 ) -> None:
     """Merge again without some parents, and keep the result."""

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from graftory.adapter import Parent
 from graftory.commands.ledger import from_record
-from graftory.commands.options import MethodCommand, comma_separated, given_parameters
-from graftory.commands.output import json_option, print_ref, working
+from graftory.commands.merging.report import Reporter, print_report, report_to_json
+from graftory.commands.merging.tuning import AUTO, Tuner, chosen_to_json, print_chosen
+from graftory.commands.merging.weights import HELP as WEIGHTS_HELP
+from graftory.commands.merging.weights import read_weights
+from graftory.commands.options import MethodCommand, given_parameters
+from graftory.commands.output import json_option, print_json, print_ref, ref_to_json, working
 from graftory.commands.selecting import Chooser, print_selection, recorded_inputs
 from graftory.settings import SelectSettings
+
+if TYPE_CHECKING:
+    from graftory.compose.merge.weighting import Weights
 
 
 def methods() -> Mapping[str, type]:
     """The parameters of every merge method."""
     from graftory.compose import METHODS
+    from graftory.compose.merge.tuning import AutoParameters
 
-    return {name: row.params for name, row in METHODS.items()}
+    return {**{name: row.params for name, row in METHODS.items()}, AUTO: AutoParameters}
 
 
 @click.command("merge", cls=MethodCommand, methods=methods, default_method="linear", settings=SelectSettings)
@@ -26,9 +36,9 @@ def methods() -> Mapping[str, type]:
 @click.option("--name", help="Name of the merged adapter in the hub.")
 @click.option(
     "--weights",
-    callback=comma_separated(float, "numbers"),
-    metavar="W,W,...",
-    help="A weight for each adapter. [default: equal, 1/n]",
+    callback=read_weights,
+    metavar="W,W,...|FILE",
+    help=WEIGHTS_HELP,
 )
 @click.option(
     "--select",
@@ -59,13 +69,43 @@ def methods() -> Mapping[str, type]:
     metavar="PARENT",
     help="Make the merge REF again as if this parent had never been merged; may be given several times.",
 )
+@click.option(
+    "--tune",
+    "tune",
+    metavar="FILE|TASK",
+    help="lorahub: the task whose labelled training rows tell the weights; adamerging: unlabelled inputs for all, a "
+    ".txt or a task. [default: adamerging: each adapter's own task]",
+)
+@click.option(
+    "--tune-rows",
+    type=click.IntRange(min=1),
+    help="So many rows to tune on, or of each adapter's own task for auto to judge by. [default: 16; adamerging: 128]",
+)
+@click.option(
+    "--report",
+    "report_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Report what the merge does to each adapter, with a picture of every module (.png, .svg, .pdf) and whether to "
+    "merge or to route. Without --name nothing is kept.",
+)
+@click.option(
+    "--report-rows",
+    type=click.IntRange(min=1),
+    help="Report: measure on so many test rows of each adapter's task; without, from the weights alone.",
+)
+@click.option(
+    "--keep",
+    type=click.FloatRange(0, 1),
+    help="Report: share of its own adapter's score that every task must keep. [default: 0.95]",
+)
 @json_option
 @click.pass_context
 def command(
     context: click.Context,
     refs: tuple[str, ...],
     name: str | None,
-    weights: tuple[float, ...] | None,
+    weights: Weights | None,
     selector: str | None,
     examples: str | None,
     encoder: str | None,
@@ -74,14 +114,21 @@ def command(
     seed: int,
     again: bool,
     without: tuple[str, ...],
+    tune: str | None,
+    tune_rows: int | None,
+    report_file: Path | None,
+    report_rows: int | None,
+    keep: float | None,
     method: str,
     as_json: bool,
 ) -> None:
     """Make one adapter out of several.
 
-    They must be of one method and one base model. The parents and their weights are recorded: see hub log.
-    No model is loaded unless --select, --by activations or regmean asks for it. Records tell enough to merge again:
-    with --again one merge is held against its record, with --without it is made anew without some of its parents.
+    They must be of one base model. In delta space all that change weights (lora, dora, ia3, bitfit, ...) go together;
+    others are merged with their own kind. The parents and their weights are recorded: see hub log.
+    No model is loaded unless dora, ia3, --select, --by activations, fisher or regmean ask for it. Records tell enough
+    to merge again: with --again one merge is held against its record, with --without it is made anew without some of
+    its parents.
 
     \b
     Example:
@@ -91,26 +138,37 @@ def command(
       hub merge amazon movies --method mera --by activations --examples wheel:valence-movie --name aligned
       hub merge run@1 run@2 run@3 --method soup --select greedy --on wheel:trec --name best
       hub merge trec sms spam --method ties --density 0.3 --rank 16 --name trimmed
+      hub merge trec sms --weights "0.5,0.5;layer.3.*=1,0" --name by-layer
+      hub merge trec sms spam --method auto --name best
+      hub merge nli qa --method lorahub --tune few.yaml --name for-few
+      hub merge trec sms spam --method adamerging --name sure
+      hub merge trec sms spam --method tsv --report why.png --report-rows 200
       hub merge both@1 --again
       hub merge both@1 --without sms --name only-trec
     """
     if again or without:
         from_record(context, refs, again, without, name, weights, as_json)
         return
-    if name is None:
+    if name is None and report_file is None:
         raise click.UsageError("Missing option '--name'.", context)
-    from graftory.compose import METHODS, merge
+    reporter = Reporter(report_file, report_rows, keep, seed)
+    reporter.check()
+    from graftory.compose import merge
+    from graftory.compose.merge.loading import base_for
     from graftory.compose.merge.mera import MeraParameters
     from graftory.hub import Hub
 
-    row, given_options = METHODS[method], given_parameters(method, methods(), SelectSettings)
-    drawn = {"seed": seed} if "seed" in row.params.__dataclass_fields__ else {}
-    parameters = row.params(**given_options, **drawn)
+    kinds = methods()
+    kind: Any = kinds[method]
+    drawn = {"seed": seed} if "seed" in kind.__dataclass_fields__ else {}
+    parameters = kind(**given_parameters(method, kinds, SelectSettings), **drawn)
+    tuner = Tuner(method, tune, tune_rows, seed)
+    tuner.check(weights, selector)
     reads = parameters.reads
     observed = examples if reads != "nothing" else None
     anchored = getattr(parameters, "anchor", None) == 0
     given = None if observed and selector not in ("clustering", "similarity") else examples
-    chooser = Chooser(selector, given, encoder, on, on_rows, seed, method, anchored)
+    chooser = Chooser(selector, given, encoder, on, on_rows, seed, method, parameters, anchored)
     chooser.check(weights)
     hub = Hub.open(context.obj)
     records = [hub.record(ref) for ref in refs]
@@ -120,19 +178,46 @@ def command(
         kept = [[str(record.ref) for record in records].index(ref) for ref in selection.chosen]
         records, adapters = [records[number] for number in kept], [adapters[number] for number in kept]
     parents = [Parent(str(record.ref), record.digest, "merged") for record in records]
-    inputs = recorded_inputs(adapters, observed, seed) if observed or reads == "own tasks" else ()
+    looks = bool(observed) or reads == "own tasks"
+    inputs = recorded_inputs(adapters, observed, seed, gradients=parameters.gradients) if looks else ()
     notes = chooser.notes(selection)
     if inputs:
         notes |= {"seed": seed, **({"examples": observed} if observed else {})}
     if isinstance(parameters, MeraParameters) and anchored:
         parameters, scores = chooser.best_anchor(adapters, parameters, inputs)
         notes |= {"on": on, "seed": seed, "anchors": scores}
-    with working("merging"):
-        merged = merge(
-            adapters, method, weights=weights, parameters=parameters, inputs=inputs, parents=parents, notes=notes
-        )
-        ref = hub.put(name, merged)
-    if selection is None:
-        print_ref("merged into", hub, ref, as_json)
+    named = dict(zip((str(record.ref) for record in records), adapters, strict=True))
+    base, tried = base_for(adapters, "linear" if method == AUTO else method), None
+    if method == AUTO:
+        tried = tuner.choose(named, parameters.rank, parents, notes)
+        merged = tried.adapter
     else:
-        print_selection(selection, hub, ref, as_json)
+        found = tuner.tune(adapters, parameters, weights)
+        notes |= found.notes
+        with working("merging"):
+            merged = merge(
+                adapters,
+                method,
+                weights=found.weights,
+                parameters=parameters,
+                inputs=inputs,
+                base=base,
+                parents=parents,
+                notes=notes,
+            )
+    report = reporter.report(named, merged, base)
+    ref = None if name is None else hub.put(name, merged)
+    if as_json:
+        told = {} if ref is None else ref_to_json(hub, ref)
+        told |= {} if selection is None else {"selection": selection}
+        told |= {} if tried is None else {"auto": chosen_to_json(tried)}
+        print_json(told | ({} if report is None else {"report": report_to_json(report, report_file)}))
+        return
+    if selection is not None:
+        print_selection(selection)
+    if tried is not None:
+        print_chosen(tried)
+    if report is not None:
+        print_report(report, report_file)
+    if ref is not None:
+        print_ref("merged into", hub, ref, as_json=False)

@@ -31,9 +31,15 @@ def print_ref(verb: str, hub: Hub, ref: AdapterRef, as_json: bool) -> None:
     """Say what happened to which version."""
     record = hub.record(ref)
     if as_json:
-        print_json({"ref": str(ref), "name": record.name, "version": record.version, "digest": record.digest})
+        print_json(ref_to_json(hub, ref))
     else:
         click.echo(f"{verb} {record.ref}  {record.digest[:19]}")
+
+
+def ref_to_json(hub: Hub, ref: AdapterRef) -> dict[str, Json]:
+    """Which version it is, for scripts."""
+    record = hub.record(ref)
+    return {"ref": str(ref), "name": record.name, "version": record.version, "digest": record.digest}
 
 
 def print_delivery(verb: str, delivery: Delivery, as_json: bool) -> None:

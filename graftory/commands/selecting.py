@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from graftory.adapter import Adapter, AdapterRef
+from graftory.adapter import Adapter
 from graftory.commands.options import given_settings
-from graftory.commands.output import print_json, print_ref, print_table, working
+from graftory.commands.output import print_table, working
 from graftory.errors import ConfigError
 from graftory.schema import Json
 from graftory.settings import SelectSettings
@@ -16,9 +16,9 @@ from graftory.settings import SelectSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from graftory.compose.merge.base import MergeParameters
     from graftory.compose.merge.mera import MeraParameters
     from graftory.compose.select import Selection
-    from graftory.hub import Hub
 
 
 _ON = {"--on", "--on-rows"}
@@ -38,6 +38,7 @@ class Chooser:
         rows: How many of them.
         seed: Which examples and rows, and the clustering's.
         merge_method: How the adapters are merged, for `greedy`.
+        merge_parameters: Parameters of that method.
         anchored: Whether the best anchor is wanted, which needs `on`.
     """
 
@@ -48,9 +49,10 @@ class Chooser:
     rows: int | None
     seed: int
     merge_method: str
+    merge_parameters: MergeParameters | None = None
     anchored: bool = False
 
-    def check(self, weights: Sequence[float] | None) -> None:
+    def check(self, weights: object) -> None:
         """Refuse options that do not go together.
 
         Raises:
@@ -121,7 +123,9 @@ class Chooser:
         score = self._score(next(iter(adapters.values())))
         settings = SelectSettings(**given_settings(SelectSettings))
         with working(f"trying {len(adapters)} adapters"):
-            return greedy_soup(adapters, score, method=self.merge_method, most=settings.most)
+            return greedy_soup(
+                adapters, score, method=self.merge_method, parameters=self.merge_parameters, most=settings.most
+            )
 
     def _by_track(self, adapters: Mapping[str, Adapter]) -> Selection:
         from graftory.compose.select import same_track
@@ -158,22 +162,20 @@ class Chooser:
         return score
 
 
-def recorded_inputs(adapters: Sequence[Adapter], examples: str | None, seed: int) -> list[dict[str, Tensor]]:
+def recorded_inputs(
+    adapters: Sequence[Adapter], examples: str | None, seed: int, *, gradients: bool
+) -> list[dict[str, Tensor]]:
     """What each adapter reads at its sites, for a hundred examples, or for as many of its own task's."""
     from graftory.compose.record import record_examples
 
     limit = SelectSettings(**given_settings(SelectSettings)).per_domain
     with working(f"recording what {len(adapters)} adapters read of {examples or 'their own tasks'}"):
-        return record_examples(adapters, examples, limit=limit, seed=seed)
+        return record_examples(adapters, examples, limit=limit, seed=seed, gradients=gradients)
 
 
-def print_selection(selection: Selection, hub: Hub, ref: AdapterRef, as_json: bool) -> None:
+def print_selection(selection: Selection) -> None:
     """Say which adapters were taken and why."""
-    if as_json:
-        print_json({"ref": str(ref), "digest": hub.record(ref).digest, "selection": selection})
-        return
     print_table(
         ("adapter", "merged", "because"),
         [(choice.name, "yes" if choice.chosen else "no", choice.reason) for choice in selection.choices],
     )
-    print_ref("merged into", hub, ref, as_json=False)

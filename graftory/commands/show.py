@@ -95,6 +95,9 @@ def facts(record: Record) -> list[tuple[str, str]]:
     rows += [("parent", f"{parent.ref} ({parent.relation})") for parent in spec.lineage.parents]
     numbers = sum(math.prod(tensor.shape) for tensor in record.tensors)
     rows.append(("tensors", f"{len(record.tensors)} with {numbers:,} numbers"))
+    if spec.storage != "full":
+        whole = sum(math.prod(tensor.shape) * 4 for tensor in record.tensors)
+        rows.append(("storage", f"{spec.storage}: {record.size:,} bytes for {whole:,} in fp32"))
     rows += [("file", f"{file.path}  {file.size:,} bytes  sha256:{file.sha256[:12]}...") for file in record.files]
     return rows
 

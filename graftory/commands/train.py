@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 import click
 
 from graftory.adapter import TASK_SOURCE, Adapter, Lineage, Parent, check_name
-from graftory.commands.options import MethodCommand, given_parameters, given_settings
+from graftory.commands.options import MethodCommand, comma_separated, given_parameters, given_settings
 from graftory.commands.output import json_option, print_json, working
 from graftory.commands.show import print_metrics
+from graftory.commands.training.prompt_source import check, prompt_source
+from graftory.commands.training.search import Wanted, refuse_with_search, search_and_keep
 from graftory.config import CONFIGS, AdapterConfig
 from graftory.data import Rows, load_rows, load_task
 from graftory.errors import ConfigError
+from graftory.schema import Json
 from graftory.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -34,6 +37,18 @@ def methods() -> Mapping[str, type[AdapterConfig]]:
 @click.option("--name", help="Name of the adapter in the hub. [default: the task's name]")
 @click.option("--continue", "continued", metavar="REF", help="Start from this adapter, with its method and base.")
 @click.option(
+    "--init-from",
+    metavar="REF|nearest",
+    help="prompt: start from this prompt, or from the one of the hub whose task is nearest (SPoT).",
+)
+@click.option(
+    "--probe-steps",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="--init-from nearest: steps from scratch that tell the task.",
+)
+@click.option(
     "--target",
     "targets",
     multiple=True,
@@ -47,6 +62,25 @@ def methods() -> Mapping[str, type[AdapterConfig]]:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for checkpoints; the same command goes on from the last one after it was cut off.",
 )
+@click.option(
+    "--search",
+    "trials",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Try N combinations of method, placement, size and learning rate, and keep the best by held-out rows.",
+)
+@click.option(
+    "--search-methods",
+    "searched",
+    metavar="A,B,...",
+    callback=comma_separated(str, "methods"),
+    help="What --search tries. [default: lora,bottleneck,dora,ia3,bitfit; with --method that one]",
+)
+@click.option(
+    "--search-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of --search; the same command goes on with it, with a larger N too. [default: NAME-search]",
+)
 @json_option
 @click.pass_obj
 def command(
@@ -55,23 +89,31 @@ def command(
     base: str | None,
     name: str | None,
     continued: str | None,
+    init_from: str | None,
+    probe_steps: int,
     targets: tuple[str, ...],
     rows: int | None,
     seed: int,
     checkpoints: Path | None,
+    trials: int | None,
+    searched: tuple[str, ...] | None,
+    search_dir: Path | None,
     method: str,
     as_json: bool,
 ) -> None:
     """Train an adapter for a task and keep it as a version.
 
     TASK is a YAML file or a sample such as wheel:trec. The base model stays as it is; the adapter is
-    measured on the test rows and gets the next version of its name.
+    measured on the test rows and gets the next version of its name. With --search, what is given
+    (--method and its options, --target, --learning-rate) is fixed; the rest is tried.
 
     \b
     Example:
       hub train wheel:trec --base wheel:minilm --method lora --rank 8
+      hub train wheel:trec --base wheel:minilm --search 12 --rows 1000
       hub train task.yaml --base bert-base-uncased --method bottleneck --placement houlsby --name mine
       hub train wheel:trec --continue trec@1 --epochs 1
+      hub train wheel:sms --base wheel:minilm --method prompt --init-from nearest
     """
     from graftory.hub import Hub
     from graftory.training import Job, evaluate, load_base, train
@@ -79,25 +121,38 @@ def command(
     hub = Hub.open(registry)
     task = load_task(task_source)
     name = check_name(name or task.name)
+    check(init_from, method, continued)
+    if trials is not None:
+        refuse_with_search(**{"continue": continued, "init-from": init_from, "checkpoints": checkpoints})
+        wanted = Wanted(trials, searched, search_dir, base, name, targets, rows, seed)
+        search_and_keep(hub, task, task_source, wanted, method, methods(), as_json=as_json)
+        return
+    if searched is not None or search_dir is not None:
+        raise ConfigError("--search-methods and --search-dir go with --search N; give it too")
     start = starting_point(hub, continued, base, method, targets, seed)
     settings = TrainSettings(**given_settings(TrainSettings), seed=seed)
     training_rows = load_rows(task, "train", limit=rows, seed=seed)
     test_rows = rows_of_test(task)
     with working(f"loading {start.base}"):
         loaded = load_base(start.base, task.kind)
+    source = None
+    if init_from is not None:
+        source = prompt_source(hub, init_from, loaded, task, training_rows, start.config, settings, probe_steps, name)
+        start = replace(start, adapter=source.init, record=source.record)
     adapter = train(
         loaded, task, training_rows, start.config, settings, name=name, output_dir=checkpoints, init=start.adapter
     )
-    adapter = with_lineage(adapter, task_source, start.record)
+    adapter = with_lineage(adapter, task_source, start.record, source.notes() if source else {})
     if test_rows is not None:
         with working(f"measuring on {len(test_rows)} test rows"):
             (metrics,) = evaluate(loaded, [Job(name, adapter, None, task, test_rows)])
         adapter = replace(adapter, spec=replace(adapter.spec, metrics=metrics))
     ref = hub.put(name, adapter)
     if as_json:
-        print_json({"ref": str(ref), "digest": hub.record(ref).digest, "metrics": adapter.spec.metrics})
+        notes = source.notes() if source else {}
+        print_json({"ref": str(ref), "digest": hub.record(ref).digest, "metrics": adapter.spec.metrics, **notes})
         return
-    click.echo(f"trained {ref} on {len(training_rows)} rows")
+    click.echo(f"trained {ref} on {len(training_rows)} rows{f' from {source.record.ref}' if source else ''}")
     if adapter.spec.metrics:
         print_metrics(adapter.spec.metrics)
 
@@ -140,11 +195,15 @@ def rows_of_test(task: TaskFile) -> Rows | None:
     return None
 
 
-def with_lineage(adapter: Adapter, task_source: str, parent: Record | None) -> Adapter:
-    """Record the task's source and, of a continued adapter, the parent."""
+def with_lineage(
+    adapter: Adapter, task_source: str, parent: Record | None, notes: Mapping[str, Json] | None = None
+) -> Adapter:
+    """Record the task's source, what else there is to tell and, of a continued adapter, the parent."""
     lineage: Lineage = adapter.spec.lineage
     parents = lineage.parents
     if parent is not None:
         parents = (Parent(str(parent.ref), parent.digest, "continued"),)
-    lineage = replace(lineage, parents=parents, parameters={**lineage.parameters, TASK_SOURCE: task_source})
+    lineage = replace(
+        lineage, parents=parents, parameters={**lineage.parameters, TASK_SOURCE: task_source, **(notes or {})}
+    )
     return replace(adapter, spec=replace(adapter.spec, lineage=lineage))

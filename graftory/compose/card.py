@@ -1,18 +1,46 @@
-"""Saving an exported model: a folder that appears whole or not at all, with a card that says what it is."""
+"""What lies beside an exported model: a card for people and the same for scripts; saving a model that is in memory."""
 
 from __future__ import annotations
 
-import os
-import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
-from graftory.adapter import Adapter
-from graftory.errors import ConfigError
+from graftory.adapter import Adapter, TaskInfo
+from graftory.compose.exports.check import ExportCheck
+from graftory.compose.exports.staging import staged
+from graftory.schema import Json, encode, pretty
+from graftory.versions import library_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REPORT = "graftory_export.json"
+"""The card for scripts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of an exported model."""
+
+    model_class: str
+    adapter: Adapter | None = None
+    ref: str | None = None
+    """What the adapter is called in its hub."""
+    digest: str | None = None
+    head_ref: str | None = None
+    head_digest: str | None = None
+    task: TaskInfo | None = None
+    dtype: str | None = None
+    files: tuple[str, ...] = ()
+    size: int | None = None
+    settings: dict[str, int] = field(default_factory=dict)
+    """Values of the configuration that differ from the base's."""
+    check: ExportCheck | None = None
+    tolerance: float | None = None
+    dequantised: bool = False
+    graph_inputs: tuple[str, ...] = ()
+    """What a graph takes, in order; empty if it is a model of transformers."""
 
 
 def save_export(
@@ -35,41 +63,121 @@ def save_export(
     Raises:
         ConfigError: If the folder has something in it.
     """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not an empty folder; give a new one")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with staged(folder) as staging:
         model.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        (staging / "README.md").write_text(model_card(model, adapter), encoding="utf-8")
-        staging.chmod(0o777 & ~_umask())
-        if target.exists():
-            target.rmdir()
-        staging.rename(target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return target
+        dtype = str(model.dtype).removeprefix("torch.")
+        task = adapter.spec.task if adapter else None
+        write_card(staging, Facts(type(model).__name__, adapter, task=task, dtype=dtype))
+    return Path(folder)
 
 
-def model_card(model: PreTrainedModel, adapter: Adapter | None) -> str:
-    """A short README.md: what it is, how to load it, what was measured."""
+def write_card(folder: Path, facts: Facts) -> None:
+    """Write the card for people, README.md, and the one for scripts."""
+    (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+    (folder / REPORT).write_bytes(pretty(report(facts)))
+
+
+def report(facts: Facts) -> dict[str, Json]:
+    """Everything about an export, as plain JSON values."""
+    spec = facts.adapter.spec if facts.adapter else None
+    check = facts.check
+    return {
+        "format": "graftory-export",
+        "schema": 1,
+        "class": facts.model_class,
+        "base": None if spec is None else encode(spec.base),
+        "adapter": {"ref": facts.ref, "digest": facts.digest, "method": spec.method if spec else None},
+        "head": {"ref": facts.head_ref, "digest": facts.head_digest},
+        "task": encode(facts.task),
+        "lineage": None if spec is None else encode(spec.lineage),
+        "metrics": [] if spec is None else encode(spec.metrics),
+        "licence": None if spec is None else spec.licence,
+        "dtype": facts.dtype,
+        "files": list(facts.files),
+        "bytes": facts.size,
+        "settings": encode(facts.settings),
+        "dequantised": facts.dequantised,
+        "graph_inputs": list(facts.graph_inputs),
+        "check": None
+        if check is None
+        else {
+            "max_difference": check.max_difference,
+            "rows": check.n,
+            "largest_logit": check.largest,
+            "tolerance": facts.tolerance,
+        },
+        "libraries": encode(library_versions()),
+    }
+
+
+def model_card(facts: Facts) -> str:
+    """A short README.md: what it is, where it comes from, how to load it, what was measured."""
+    adapter = facts.adapter
     header = ["---", "library_name: transformers"]
-    lines = [f"A plain `{type(model).__name__}` exported by graftory."]
+    lines = [f"{_what(facts)} exported by graftory; it needs neither graftory nor PEFT."]
     if adapter is not None:
         spec = adapter.spec
         header.append(f"base_model: {spec.base.id}")
         header += [f"license: {spec.licence}"] if spec.licence else []
-        lines.append(f"An adapter ({spec.method}, made by: {spec.lineage.process}) of `{spec.base.id}` is folded in.")
-        if spec.task is not None:
-            lines.append(f"Task: {spec.task.name} ({spec.task.kind}).")
+        lines += ["", f"An adapter ({spec.method}) of `{spec.base.id}` is folded in.", ""]
+        lines += [f"- {name}: {value}" for name, value in _lineage(facts, adapter)]
+        if facts.task is not None:
+            lines.append(f"- task: {facts.task.name} ({facts.task.kind})")
         lines += [f"- {row.name} {row.value:.4f} on {row.data}, {row.split}, {row.n} rows" for row in spec.metrics]
-    auto = _auto_class(type(model).__name__)
-    code = ["```python", f"from transformers import {auto}", f'model = {auto}.from_pretrained("this folder")', "```"]
+    lines += [
+        f"- `{name}` of the configuration is {value}: the FFNs are wider" for name, value in facts.settings.items()
+    ]
+    if facts.dequantised:
+        lines.append("- the base was quantised; its weights here are floating-point numbers again")
+    lines += ["", *_checked(facts)]
+    code = ["```python", *_loading(facts), "```"]
     return "\n".join([*header, "---", "", "# Exported model", "", *lines, "", *code, ""])
+
+
+def _what(facts: Facts) -> str:
+    return f"The graph of a `{facts.model_class}`" if facts.graph_inputs else f"A plain `{facts.model_class}`"
+
+
+def _loading(facts: Facts) -> list[str]:
+    if facts.graph_inputs:
+        call = f"logits = model({', '.join(facts.graph_inputs)})"
+        return ["import torch", 'model = torch.export.load("model.pt2").module()', call]
+    auto = _auto_class(facts.model_class)
+    return [f"from transformers import {auto}", f'model = {auto}.from_pretrained("this folder")']
+
+
+def _lineage(facts: Facts, adapter: Adapter) -> list[tuple[str, str]]:
+    lineage = adapter.spec.lineage
+    rows = [
+        ("adapter", facts.ref and f"{facts.ref}, {facts.digest}"),
+        ("head", facts.head_ref and f"{facts.head_ref}, {facts.head_digest}"),
+        ("made by", lineage.process),
+        *(
+            ("parent", f"{parent.ref}, {parent.digest} ({parent.relation}{_weight(parent.weight)})")
+            for parent in lineage.parents
+        ),
+        ("seed", None if lineage.seed is None else str(lineage.seed)),
+        ("training data", lineage.data_hash),
+        ("base weights", adapter.spec.base.weights_hash),
+        ("weights", facts.dtype),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _weight(weight: float | None) -> str:
+    return "" if weight is None else f", weight {weight:g}"
+
+
+def _checked(facts: Facts) -> list[str]:
+    check = facts.check
+    if check is None:
+        return ["It was not compared with base + adapter."]
+    return [
+        f"On {check.n} real inputs its logits differ from those of base + adapter in fp32 by at most "
+        f"{check.max_difference:.2e} (the largest logit is {check.largest:.3g})."
+    ]
 
 
 def _auto_class(name: str) -> str:
@@ -81,9 +189,3 @@ def _auto_class(name: str) -> str:
         "LMHeadModel": "AutoModelForCausalLM",
     }
     return next((auto for ending, auto in heads.items() if name.endswith(ending)), "AutoModel")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -10,6 +10,7 @@ from torch import Tensor
 from graftory.adapter import TASK_SOURCE, Adapter, TaskInfo, TaskKind
 from graftory.adapters import AdaptedModel
 from graftory.adapters.site import shown
+from graftory.compose.gradients import record_gradients
 from graftory.compose.select.domains import example_texts
 from graftory.data import Text
 from graftory.errors import ConfigError
@@ -59,7 +60,7 @@ def record_inputs(
 
 
 def record_examples(
-    adapters: Sequence[Adapter], examples: str | None, *, limit: int = 100, seed: int = 0
+    adapters: Sequence[Adapter], examples: str | None, *, limit: int = 100, seed: int = 0, gradients: bool = False
 ) -> list[dict[str, Tensor]]:
     """What each adapter reads at its sites, for the same examples or each for its own; it loads their base.
 
@@ -68,6 +69,7 @@ def record_examples(
         examples: A `.txt` with one a line, or a task; None for training texts of the task that each record names.
         limit: At most so many of each.
         seed: Which.
+        gradients: Of each example the gradients too, for `fisher`; see `record_gradients`.
 
     Raises:
         DataError: If they cannot be read.
@@ -77,7 +79,10 @@ def record_examples(
     texts = {source: example_texts(source, limit, seed=seed) for source in sources}
     first = adapters[0].spec
     loaded = load_base(first.base.id, first.task.kind if first.task else "classification")
-    return [record_inputs(loaded, adapter, texts[source]) for adapter, source in zip(adapters, sources, strict=True)]
+    pairs = [(adapter, texts[source]) for adapter, source in zip(adapters, sources, strict=True)]
+    if gradients:
+        return [record_gradients(loaded, adapter, own, seed=seed) for adapter, own in pairs]
+    return [record_inputs(loaded, adapter, own) for adapter, own in pairs]
 
 
 def _own_task(adapter: Adapter, number: int) -> str:

@@ -9,6 +9,7 @@ from graftory.continual.runner import run_sequence
 from graftory.continual.sequence import Limits, TaskSequence, load_sequence
 from graftory.continual.state import Event
 from graftory.continual.strategies import PLUGINS, STRATEGIES, Plugin, Strategy, strategy_of
+from graftory.continual.study import Spread, Study, StudyReport, load_study, run_study
 
 __all__ = [
     "PLUGINS",
@@ -21,15 +22,20 @@ __all__ = [
     "Router",
     "RouterSettings",
     "Routing",
+    "Spread",
     "Strategy",
+    "Study",
+    "StudyReport",
     "Summary",
     "TaskResult",
     "TaskSequence",
     "compare_runs",
     "load_report",
     "load_sequence",
+    "load_study",
     "paired_differences",
     "run_sequence",
+    "run_study",
     "strategy_of",
     "summarise",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from graftory.adapter import TaskInfo
 from graftory.continual.sequence import TaskSequence
 from graftory.continual.strategies import PLUGINS, STRATEGIES, Needs, Scenario, strategy_of
+from graftory.data import TEXT_KINDS, TaskFile
 from graftory.errors import ConfigError
 
 _MEANS: Mapping[Scenario, str] = {
@@ -38,11 +39,36 @@ def check_capability(sequence: TaskSequence, needs: Needs) -> None:
             f"does not work on {sequence.method} adapters, only on {', '.join(needs.methods)}",
             lambda other: sequence.method in other.methods,
         ),
+        (
+            sequence.probe is None or needs.reads,
+            "takes the weights of its adapters from a prompt, and the probe's texts have none",
+            lambda other: other.reads,
+        ),
     )
     for holds, reason, can in checks:
         if not holds:
             able = [name for name in (*STRATEGIES, *PLUGINS) if can(strategy_of(name).needs)]
             raise ConfigError(f"strategy {sequence.strategy!r} {reason}; those that can: {', '.join(able)}")
+
+
+def check_kinds(sequence: TaskSequence, needs: Needs, tasks: Sequence[TaskFile]) -> None:
+    """Hold the strategy and the probe against the kinds of the tasks.
+
+    Raises:
+        ConfigError: If the strategy is about heads and a task has none, or the probe has no language model to read it.
+    """
+    for task in tasks:
+        if task.kind in TEXT_KINDS and needs.heads:
+            able = [name for name in (*STRATEGIES, *PLUGINS) if not strategy_of(name).needs.heads]
+            raise ConfigError(
+                f"strategy {sequence.strategy!r} {needs.heads}, and the {task.kind} task {task.name!r} has no head; "
+                f"those that can: {', '.join(able)}"
+            )
+        if task.kind != "causal_lm" and sequence.probe is not None:
+            raise ConfigError(
+                f"probe: wanted causal_lm tasks, whose model reads text; {task.name!r} is a {task.kind} task; leave "
+                "'probe' out"
+            )
 
 
 def check_labels(scenario: Scenario, tasks: Sequence[TaskInfo]) -> None:

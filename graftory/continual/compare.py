@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from graftory.continual.general import nats
 from graftory.continual.metrics import Summary, summarise
 from graftory.continual.report import Report
 from graftory.continual.report_text import kilobytes, percent, points
@@ -13,6 +14,8 @@ from graftory.errors import ConfigError
 
 ROUTER = " (router)"
 """Behind a strategy's name where a router had to find the task."""
+_GENERAL = "general text, nats"
+"""What the loss on general text has risen by against the bare base."""
 _Key = tuple[object, ...]
 
 
@@ -58,11 +61,16 @@ def mean_rows(reports: Sequence[Report]) -> list[dict[str, str]]:
     found: dict[str, list[dict[str, float]]] = {}
     for report in reports:
         numbers = _numbers(_with_bounds(report, reports))
+        if report.general is not None:
+            numbers[_GENERAL] = report.general.given[-1] - report.general.base
         if report.storage:
             numbers["stored"] = float(sum(report.storage[-1].values()))
         found.setdefault(report.strategy, []).append(numbers)
         if report.routing is not None:
-            routed = {"ACC": report.routing.acc, "regret": report.routing.regret}
+            own = report.routing
+            routed = {"ACC": own.acc, "regret": own.regret, "right task": own.id_accuracy, "abstained": own.abstained}
+            if report.general is not None and report.general.routed is not None:
+                routed[_GENERAL] = report.general.routed[-1] - report.general.base
             found.setdefault(report.strategy + ROUTER, []).append(routed)
     columns = list(dict.fromkeys(key for runs in found.values() for run in runs for key in run))
     return [
@@ -154,12 +162,19 @@ def _spread(column: str, runs: Sequence[Mapping[str, float]]) -> str:
     if not values:
         return "–"
     mean = _SHOWN.get(column, points)(fmean(values))
-    return mean if len(values) < 2 or column == "stored" else f"{mean} ± {percent(stdev(values))}"
+    if len(values) < 2 or column == "stored":
+        return mean
+    return f"{mean} ± {_DEVIATIONS.get(column, percent)(stdev(values))}"
 
 
 _SHOWN: Mapping[str, Callable[[float], str]] = {
     "ACC": percent,
     "AAA": percent,
+    "right task": percent,
+    "abstained": percent,
     "stored": lambda value: kilobytes(round(value)),
+    _GENERAL: nats,
 }
-"""How columns are printed that are no differences."""
+"""How columns are printed that are no differences in points."""
+_DEVIATIONS: Mapping[str, Callable[[float], str]] = {_GENERAL: lambda value: f"{value:.3f}"}
+"""And their standard deviations."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from graftory.continual.general import General
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +34,29 @@ def draw_curves(tasks: Sequence[str], ways: Mapping[str, Sequence[Sequence[float
         right.plot(steps, means, marker="o", label=name)
     for axes, title in ((left, "each task"), (right, "mean over the tasks seen")):
         _label(axes, title, tasks, "score, %")
+    return _png(figure)
+
+
+def draw_general(tasks: Sequence[str], general: General) -> bytes:
+    """Draw the perplexity of general text, from the bare base on.
+
+    Args:
+        tasks: Names, in order.
+        general: What the probe found.
+
+    Returns:
+        A PNG image.
+    """
+    figure, [axes] = _figure(1)
+    several = general.worst != general.given
+    lines: dict[str, Sequence[float]] = {"mean over the tasks' adapters" if several else "adapter": general.given}
+    lines |= {"worst adapter": general.worst} if several else {}
+    lines |= {} if general.routed is None else {"router": general.routed}
+    for name, losses in lines.items():
+        axes.plot(range(len(tasks) + 1), [math.exp(loss) for loss in (general.base, *losses)], marker="o", label=name)
+    axes.axhline(math.exp(general.base), color="black", linestyle="--", linewidth=1, label="bare base")
+    _label(axes, "general text", tasks, "perplexity")
+    axes.set_xticks(range(len(tasks) + 1), labels=["(base)", *tasks], rotation=30, ha="right", rotation_mode="anchor")
     return _png(figure)
 
 

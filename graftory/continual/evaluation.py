@@ -3,7 +3,8 @@
 With the id given, a task is always evaluated in batches of its own rows alone. What else is in the run
 then has no say in padding or rounding, so an adapter that has not changed gives the same bits again:
 BWT = 0 exactly is a matter of construction, not of luck. (Mixing tasks in a batch changes the padding of
-its rows, which can turn a row that stands on the edge.) Routed rows do go in mixed batches.
+its rows, which can turn a row that stands on the edge.) Routed rows do go in mixed batches, and so do all tasks
+learnt so far where `eval_mixed` says so, as it does for language models unless it is turned off.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from graftory.adapter import Metric
 from graftory.continual.router import ABSTAIN, Router
 from graftory.continual.state import Cell
 from graftory.continual.strategies import Answer
-from graftory.data import Rows, TaskFile
+from graftory.data import TEXT_KINDS, Rows, TaskFile
 from graftory.training import Job, LoadedBase, evaluate
+from graftory.training.metrics import measure
+from graftory.training.predict import score
 
 ABSTAINED = "abstained"
 ROW_MEANS = ("accuracy", "exact_match")
@@ -37,9 +42,36 @@ class TestSet:
 
 def oracle_cell(loaded: LoadedBase, step: int, position: int, test: TestSet, answer: Answer, batch_size: int) -> Cell:
     """Measure one task, its id given."""
-    [metrics] = evaluate(loaded, [_job("oracle", test.task, test.rows, answer)], batch_size=batch_size)
-    metric = metrics[0]
-    return Cell(step, position, "oracle", metric.name, metric.value, len(test.rows))
+    return oracle_cells(loaded, step, {position: (test, answer)}, batch_size)[0]
+
+
+def oracle_cells(
+    loaded: LoadedBase, step: int, tests: Mapping[int, tuple[TestSet, Answer]], batch_size: int
+) -> list[Cell]:
+    """Measure tasks together, their ids given: every row of a batch with its own task's adapter.
+
+    Args:
+        loaded: The base and its tokenizer.
+        step: Number of the step; 0 is before the first.
+        tests: What is measured and what answers it, by position in the sequence.
+        batch_size: Rows at a time.
+    """
+    headed = {position: pair for position, pair in tests.items() if pair[1].readout is None}
+    jobs = [_job(f"oracle {position}", test.task, test.rows, answer) for position, (test, answer) in headed.items()]
+    results = evaluate(loaded, jobs, batch_size=batch_size) if jobs else ()
+    cells = [
+        Cell(step, position, "oracle", metrics[0].name, metrics[0].value, metrics[0].n, loss=_loss(job.task, metrics))
+        for position, job, metrics in zip(headed, jobs, results, strict=True)
+    ]
+    read = ((position, *pair) for position, pair in tests.items() if position not in headed)
+    return [*cells, *(_read_cell(loaded, step, *each, batch_size) for each in read)]
+
+
+def _read_cell(loaded: LoadedBase, step: int, position: int, test: TestSet, answer: Answer, batch_size: int) -> Cell:
+    assert answer.readout is not None
+    outputs = answer.readout.outputs(loaded, answer.body, test.rows.texts, batch_size)
+    metric = test.task.metric
+    return Cell(step, position, "oracle", metric, measure(metric, test.rows.targets, outputs), len(test.rows))
 
 
 def routed_cell(
@@ -55,8 +87,8 @@ def routed_cell(
     """Measure one task with the router's choice for each row, in mixed batches.
 
     A row sent to another task counts as wrong, unless that task has the same kind and labels: then the
-    other adapter's answer counts. A row on which the router abstains goes to the bare base, which is wrong
-    where the task needs a head.
+    other adapter's answer counts; or, where the router's settings say `mixture`, that of all such tasks, each by its
+    posterior. A row on which the router abstains goes to the bare base, which is wrong where the task needs a head.
 
     Args:
         loaded: The base and its tokenizer.
@@ -68,12 +100,19 @@ def routed_cell(
         features: Features of the test's rows; the base is frozen, so they are taken once a run.
         batch_size: Rows at a time.
     """
-    test = tests[position]
-    chosen = [ABSTAINED if i == ABSTAIN else router.names[i] for i in router.route(features).task.tolist()]
+    test, choice = tests[position], router.route(features)
+    chosen = [ABSTAINED if i == ABSTAIN else router.names[i] for i in choice.task.tolist()]
     routes = dict(sorted(Counter(chosen).items()))
     if test.task.metric not in ROW_MEANS:
         return Cell(step, position, "routed", test.task.metric, None, len(test.rows), routes)
-    others = {other.task.name: other for other in tests}
+    others = dict(zip(answers, tests, strict=True))
+    alike = [i for i, name in enumerate(router.names) if _same_question(test, others[name])]
+    if router.settings.answer == "mixture" and len(alike) > 1 and test.rows.labels:
+        among = {router.names[i]: answers[router.names[i]] for i in alike}
+        rows = [i for i, name in enumerate(chosen) if name in among]
+        weights = choice.scores[rows][:, alike].softmax(1)
+        right = mixture_right(loaded, test, rows, tuple(among.values()), weights, batch_size)
+        return Cell(step, position, "routed", test.task.metric, right / len(test.rows), len(test.rows), routes)
     jobs = []
     for route in routes:
         answer = Answer(None, None) if route == ABSTAINED else answers[route]
@@ -81,12 +120,39 @@ def routed_cell(
         if can:
             jobs.append(_job(route, test.task, _subset(test.rows, [name == route for name in chosen]), answer))
     results = evaluate(loaded, jobs, batch_size=batch_size) if jobs else ()
-    right = sum(metrics[0].value * len(job.rows) for job, metrics in zip(jobs, results, strict=True))
-    return Cell(step, position, "routed", test.task.metric, right / len(test.rows), len(test.rows), routes)
+    share = sum(metrics[0].value * len(job.rows) for job, metrics in zip(jobs, results, strict=True))
+    return Cell(step, position, "routed", test.task.metric, share / len(test.rows), len(test.rows), routes)
+
+
+def mixture_right(
+    loaded: LoadedBase, test: TestSet, rows: Sequence[int], answers: Sequence[Answer], weights: Tensor, batch_size: int
+) -> int:
+    """How many rows argmax_y Σ_t p(t | x) p_t(y | x) tells right, each t one of several answers to the same question.
+
+    Args:
+        loaded: The base and its tokenizer.
+        test: The task and its rows.
+        rows: Which of them.
+        answers: What can answer.
+        weights: p(t | x), [rows, answers].
+        batch_size: Rows at a time.
+    """
+    if not rows:
+        return 0
+    some = _subset(test.rows, [i in set(rows) for i in range(len(test.rows))])
+    queries = [query for answer in answers for query in _job("", test.task, some, answer).queries()]
+    logits = [row.logits for row in score(loaded, queries, batch_size=batch_size)]
+    probabilities = torch.stack([each.double().softmax(0) for each in logits if each is not None])
+    mixed = (probabilities.unflatten(0, (len(answers), len(rows))) * weights.T[:, :, None]).sum(0)
+    return int((mixed.argmax(1) == torch.tensor(some.targets)).sum())
+
+
+def _loss(task: TaskFile, metrics: Sequence[Metric]) -> float | None:
+    return metrics[-1].value if task.kind in TEXT_KINDS else None
 
 
 def _job(name: str, task: TaskFile, rows: Rows, answer: Answer) -> Job:
-    return Job(name=name, adapter=answer.body, head=answer.head, task=task, rows=rows)
+    return Job(name=name, adapter=answer.body, head=answer.head, task=task, rows=rows, mixture=answer.mixture)
 
 
 def _has_head(test: TestSet) -> bool:

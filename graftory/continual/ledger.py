@@ -22,7 +22,8 @@ def stored_bytes(strategy: Strategy, context: Context, router: Path | None) -> d
         router: The router's file, if there is one.
     """
     answers = [strategy.answer(context, step.task) for step in context.done]
-    bodies = {id(answer.body): answer.body.body_tensors() for answer in answers if answer.body is not None}
+    used = [each for answer in answers for each in answer.bodies()]
+    bodies = {id(body): body.body_tensors() for body in used}
     heads = {id(answer.head): answer.head.head_tensors() for answer in answers if answer.head is not None}
     found = Counter(adapters=_sum(bodies.values()), heads=_sum(heads.values()))
     if router is not None:

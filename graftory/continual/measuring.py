@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from graftory.continual.evaluation import TestSet, oracle_cell, routed_cell
+from graftory.continual.evaluation import TestSet, oracle_cell, oracle_cells, routed_cell
+from graftory.continual.probe import Probe
 from graftory.continual.router import Router
+from graftory.continual.router_fit import router_features
 from graftory.continual.state import Cell, RunFolder
 from graftory.continual.strategies import Answer, Context, Strategy
 from graftory.training import LoadedBase
-from graftory.training.features import features_of
 
 
 @dataclass
@@ -24,27 +25,32 @@ class Measuring:
     strategy: Strategy
     folder: RunFolder
     batch_size: int
+    mixed: bool = False
+    """Whether the tasks learnt so far are measured together."""
+    probe: Probe | None = None
     features: dict[int, Tensor] = field(default_factory=dict)
     """Features of the test rows, by position; the base is frozen, so they are taken once."""
 
-    def row(self, number: int, context: Context, router: Router | None) -> Cell:
+    def row(self, number: int, context: Context, router: Router | None, *, seen: int = 0) -> Cell:
         """Measure row `number` of the matrix, in both ways.
 
         Args:
             number: Of the step, from 1.
             context: After that step.
             router: None if the strategy has nothing to route.
+            seen: So many tasks go through the router; 0: those up to the step's own.
 
         Returns:
             The cell of the task just learnt.
         """
         answers = self.fill(number, context)
-        for j in range(number):
+        for j in range(seen or number):
             if router is not None and self.folder.cell(number, j, "routed") is None:
                 answered = dict(zip(context.tasks, answers, strict=True))
-                features = self._features(j)
+                features = self._features(j, router)
                 cell = routed_cell(self.loaded, number, j, self.tests, answered, router, features, self.batch_size)
                 self.folder.put_cell(cell)
+        self._probe(number, context, answers, router)
         own = self.folder.cell(number, number - 1, "oracle")
         assert own is not None
         return own
@@ -52,21 +58,48 @@ class Measuring:
     def fill(self, number: int, context: Context) -> tuple[Answer, ...]:
         """Measure what is missing of a row with the id given; returns what answers each task."""
         answers = tuple(self.strategy.answer(context, name) for name in context.tasks)
+        if self.mixed:
+            self._together(number, [j for j, name in enumerate(context.tasks) if context.step_of(name)], answers)
         for j, answer in enumerate(answers):
             if self.folder.cell(number, j, "oracle") is None:
                 learnt = context.step_of(context.tasks[j]) is not None
                 self.folder.put_cell(self._oracle(number, j, answer, learnt))
         return answers
 
+    def baseline(self) -> None:
+        """Let the bare base read the general text."""
+        if self.probe is not None and self.folder.probed(0) is None:
+            self.folder.put_probed(self.probe.base())
+
+    def _together(self, number: int, learnt: Sequence[int], answers: Sequence[Answer]) -> None:
+        """Measure the tasks learnt so far in one go. If one is missing all are measured: what else is in a batch has a
+        say in the last bits, and a run that was killed is to find what it would have found.
+        """
+        if all(self.folder.cell(number, j, "oracle") is not None for j in learnt):
+            return
+        tests = {j: (self.tests[j], answers[j]) for j in learnt}
+        for cell in oracle_cells(self.loaded, number, tests, self.batch_size):
+            self.folder.put_cell(cell)
+
+    def _probe(self, number: int, context: Context, answers: Sequence[Answer], router: Router | None) -> None:
+        if self.probe is None or self.folder.probed(number) is not None:
+            return
+        named = zip(context.tasks, answers, strict=True)
+        bodies = {name: answer.body for name, answer in named if context.step_of(name)}
+        points = (self.folder.probed(step) for step in range(number - 1, -1, -1))
+        before = next((point for point in points if point is not None), None)
+        self.folder.put_probed(self.probe.after(number, bodies, router, before))
+
     def _oracle(self, number: int, position: int, answer: Answer, learnt: bool) -> Cell:
         """A task measured with its id given; a task that no adapter answers yet keeps its untrained value."""
         before = self.folder.cell(0, position, "oracle")
-        if answer.body is None and not learnt and before is not None:
+        bare = answer.body is None and answer.mixture is None and answer.readout is None
+        if bare and not learnt and before is not None:
             return replace(before, step=number, copied=True)
         return oracle_cell(self.loaded, number, position, self.tests[position], answer, self.batch_size)
 
-    def _features(self, position: int) -> Tensor:
+    def _features(self, position: int, router: Router) -> Tensor:
         if position not in self.features:
             texts = self.tests[position].rows.texts
-            self.features[position] = features_of(self.loaded, texts, batch_size=self.batch_size)
+            self.features[position] = router_features(self.loaded, router, texts, self.batch_size)
         return self.features[position]

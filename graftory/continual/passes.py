@@ -13,7 +13,7 @@ from graftory.adapters import AdaptedModel
 from graftory.adapters.head import HeadSite
 from graftory.adapters.site import shown
 from graftory.data import Rows, TaskFile
-from graftory.training import LoadedBase, row_losses
+from graftory.training import LoadedBase, processes, row_losses
 from graftory.training.company import encoded
 from graftory.training.encode import Collator
 from graftory.training.losses import model_inputs
@@ -71,13 +71,16 @@ def squared_gradients(
     with attached(loaded, adapter, learns=True) as adapted:
         weights = learning(adapted, _NAME, head=head)
         sums = {key: torch.zeros_like(weight, dtype=torch.float32) for key, weight in weights.items()}
-        for batch in batches(loaded, task, rows, 1):
+        for number, batch in enumerate(batches(loaded, task, rows, 1)):
+            if number % processes.size() != processes.number():
+                continue
             logits = adapted(**model_inputs(task.kind, batch)).logits
             loss = row_losses(task.kind, logits, batch["labels"]).total.sum()
             gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 if gradient is not None:
                     total.add_(gradient.float().square())
+    processes.add_up(list(sums.values()))
     return {key: (total / len(rows)).cpu() for key, total in sums.items()}
 
 
@@ -91,15 +94,20 @@ def second_moments(
     """
     found: dict[str, Tensor] = {}
     mask: list[Tensor] = []
+    own = True
 
     def observe(path: str, x: Tensor) -> None:
         flat = (x[mask[0]] if mask[0].shape == x.shape[:2] else x.flatten(0, -2)).double()
-        found[path] = found.get(path, 0) + (flat.T @ flat).cpu()
+        found[path] = found.get(path, 0) + (flat.T @ flat).cpu() * own
 
     with attached(loaded, adapter) as adapted, torch.no_grad(), shown(observe):
-        for batch in batches(loaded, task, rows, batch_size):
+        for number, batch in enumerate(batches(loaded, task, rows, batch_size)):
+            own = number % processes.size() == processes.number()
+            if number and not own:
+                continue  # the first is run by all, so that all have a sum to add
             mask[:] = [batch["attention_mask"].bool()]
             adapted(**model_inputs(task.kind, batch))
+    processes.add_up(list(found.values()))
     return found
 
 

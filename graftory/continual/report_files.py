@@ -24,10 +24,10 @@ def write_report(report: Report, folder: Path) -> None:
 
 def _pictures(report: Report) -> dict[str, tuple[str, bytes]]:
     """Titles and PNG images by file name."""
-    from graftory.continual.curves import draw_curves, draw_storage
+    from graftory.continual.curves import draw_curves, draw_general, draw_storage
     from graftory.continual.heatmap import Panel, draw_heatmaps
 
-    known = "task id not needed" if report.scenario == "domain" and report.routing is None else "task id given"
+    known = "task id given" if report.id_known else "task id not needed"
     title = f"{report.name} ({report.strategy}), {known}"
     pictures = {"heatmap-oracle.png": (title, draw_heatmaps([Panel(title, report.matrix)], report.tasks))}
     ways: dict[str, tuple[tuple[float | None, ...], ...]] = {known: report.matrix}
@@ -38,6 +38,9 @@ def _pictures(report: Report) -> dict[str, tuple[str, bytes]]:
         ways["router"] = report.routing.matrix
     curves = f"{report.name} ({report.strategy}), from task to task"
     pictures["curves.png"] = (curves, draw_curves(report.tasks, ways))
+    if report.general is not None:
+        title = f"{report.name} ({report.strategy}), general text"
+        pictures["general.png"] = (title, draw_general(report.tasks, report.general))
     if report.storage:
         stored = f"{report.name} ({report.strategy}), what is stored"
         pictures["storage.png"] = (stored, draw_storage(report.tasks, report.storage))

@@ -7,6 +7,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from graftory.continual.general import General, general_rows, nats, perplexity
 from graftory.continual.metrics import Summary
 from graftory.continual.report import Report, Routing
 
@@ -28,18 +29,23 @@ def compare_runs(reports: Sequence[Report]) -> list[dict[str, str]]:
     """A table of runs: one row per run and way to know the task, values ready to print, – where there is none."""
     rows = []
     for report in reports:
-        known = {"task": "given", "domain": "not needed", "class": "given"}[report.scenario]
-        if report.routing is not None:
-            known = "given"
+        known = "given" if report.id_known else "not needed"
         row = {"run": report.name, "strategy": report.strategy, "task id": known, **_numbers(report.summary)}
         rows.append({**row, "stored": kilobytes(sum(report.storage[-1].values())) if report.storage else "–"})
+        if report.losses:
+            rows[-1] |= {"loss": f"{sum(report.losses[-1]) / len(report.tasks):.3f}"}
+        if report.general is not None:
+            rows[-1] |= _general_cells(report.general, report.general.given[-1])
         if report.routing is not None:
             routed = {**dict.fromkeys(row, "–"), "run": report.name, "strategy": report.strategy, "task id": "router"}
             numbers = {
                 "ACC": percent(report.routing.acc),
                 "regret": points(report.routing.regret),
                 "right task": percent(report.routing.id_accuracy),
+                "abstained": percent(report.routing.abstained),
             }
+            if report.general is not None and report.general.routed is not None:
+                numbers |= _general_cells(report.general, report.general.routed[-1])
             rows.append({**routed, **numbers})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return [{column: row.get(column, "–") for column in columns} for row in rows]
@@ -59,6 +65,16 @@ def blocks_of(report: Report, pictures: Mapping[str, str]) -> list[Block]:
     ]
     if report.routing is not None:
         blocks.append(Block("Where the router sent the rows", rows=_confusion_rows(report, report.routing)))
+    if report.losses:
+        about = "Nats per token of the right answers; lower is better. Rows: after training; columns: measured on."
+        blocks.append(Block("Loss", about, _loss_rows(report)))
+    if report.general is not None:
+        blocks.append(Block("General text", _about(report.general), general_rows(report.general, report.tasks)))
+    if report.rejected:
+        bound = (
+            f"More than {percent(report.max_drop or 0)} points below the last accepted step; that one stays in force."
+        )
+        blocks.append(Block("Rejected by the gate", bound, _rejected_rows(report)))
     if report.storage:
         blocks.append(Block("Stored after each step, kB", rows=_storage_rows(report)))
     return [*blocks, *(Block(title, picture=name) for name, title in pictures.items())]
@@ -152,6 +168,39 @@ def _confusion_rows(report: Report, routing: Routing) -> list[dict[str, str]]:
         {"rows of": task, **{name: str(count) for name, count in zip(names, counts, strict=True)}}
         for task, counts in zip(report.tasks, routing.confusion, strict=True)
     ]
+
+
+def _rejected_rows(report: Report) -> list[dict[str, str]]:
+    return [
+        {
+            "step": str(each.step),
+            "task": each.task,
+            "adapter": each.ref,
+            "fell most": each.fell,
+            "drop": points(-each.drop),
+            "its own task": percent(each.scores[each.step - 1]),
+        }
+        for each in report.rejected
+    ]
+
+
+def _loss_rows(report: Report) -> list[dict[str, str]]:
+    return [
+        {"after": task, **{name: f"{loss:.3f}" for name, loss in zip(report.tasks, row, strict=True)}}
+        for task, row in zip(report.tasks, report.losses, strict=True)
+    ]
+
+
+def _about(general: General) -> str:
+    several = "; mean over the adapters of the tasks learnt so far" if general.worst != general.given else ""
+    return (
+        f"Loss in nats per token, and perplexity, on {general.texts} held-out texts ({general.tokens} tokens) that "
+        f"belong to no task{several}. A change above 0 is ability that the adapter in force takes from the base."
+    )
+
+
+def _general_cells(general: General, loss: float) -> dict[str, str]:
+    return {"perplexity of general text": f"{perplexity(loss)} ({nats(loss - general.base)})"}
 
 
 def _storage_rows(report: Report) -> list[dict[str, str]]:

@@ -1,33 +1,43 @@
 """Which task does a row belong to? A Mahalanobis classifier on features of the frozen base.
 
-Adding a task touches no other: its k-means centroids are appended and its scatter is added to a running
-sum. No training row is kept but the few farthest validation rows of each task, from which the bound for
-abstention is taken anew as the pooled scatter grows.
+It looks at the base from several sides (views): the pooled states of single layers, and of three layers joined. The
+view that has told most held-out rows right chooses. No training row is kept but, as features, the few farthest
+validation rows of each task, from which the bound for abstention is taken anew as the pooled scatter grows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from graftory.config import option
+from graftory.continual.router_view import RoutedTask, View
 from graftory.errors import ConfigError, ShapeError
 
 ABSTAIN = -1
 """The choice for a row that looks like no task: it goes to the bare base."""
-_TAIL_ROWS = 16
+_MOST_LAYERS = 7
+"""Single layers that are tried; of deeper models evenly spaced ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
-    """How a router is fitted."""
+    """How a router is fitted, and how it answers."""
 
-    centroids: int = option("k-means centroids per task", 5)
+    layers: tuple[int, ...] = option(
+        "layers (0: embeddings, -1: the last) whose pooled states are the features, joined; none: by held-out rows",
+        (),
+    )
+    centroids: int = option("k-means centroids of a task without labels; one with labels has a centroid for each", 5)
     shrinkage: float = option("share of the mean variance added to the scatter's diagonal", 1e-3)
-    quantile: float = option("share of a task's validation rows inside its bound; 1 never abstains", 0.99)
+    quantile: float = option("share of a task's validation rows inside its bound; 1 never abstains", 0.999)
+    answer: Literal["best", "mixture"] = option(
+        "what answers where tasks share their labels: the best task, or all by their posterior", "best"
+    )
     seed: int = option("seed of k-means", 0)
 
     def __post_init__(self) -> None:
@@ -38,18 +48,22 @@ class RouterSettings:
         if not 0 < self.quantile <= 1:
             raise ConfigError(f"quantile: got {self.quantile}, wanted more than 0 and at most 1")
 
+    def views(self, layers: int) -> tuple[tuple[int, ...], ...]:
+        """Which layers each view of a base with so many layers joins, 0 being the embeddings.
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RoutedTask:
-    """What is kept of one task."""
-
-    name: str
-    centroids: Tensor
-    """[k, d]."""
-    tail: Tensor
-    """The farthest validation rows, farthest first when the task was added, [m, d]; empty = no bound."""
-    outside: int
-    """How many validation rows lie outside the bound."""
+        Raises:
+            ConfigError: If a layer that is asked for is not there, or comes twice.
+        """
+        if self.layers:
+            resolved = tuple(layer + layers + 1 if layer < 0 else layer for layer in self.layers)
+            if any(not 0 <= layer <= layers for layer in resolved) or len(set(resolved)) < len(resolved):
+                given = ", ".join(map(str, self.layers))
+                raise ConfigError(f"router.layers: got {given}, wanted different ones of 0 to {layers}, or -1 and on")
+            return (resolved,)
+        count = min(layers + 1, _MOST_LAYERS)
+        single = [round(i * layers / max(1, count - 1)) for i in range(count)]
+        joined = tuple(sorted({0, layers // 2, layers}))
+        return (*((layer,) for layer in single), *([joined] if len(joined) > 1 else []))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,133 +73,124 @@ class Choice:
     task: Tensor
     """Index of the task, or ABSTAIN, [N] int64."""
     scores: Tensor
-    """The best centroid's score of each task, [N, T]."""
+    """The log score of each task, [N, T]."""
     distance: Tensor
-    """Squared Mahalanobis distance to the chosen centroid, [N]."""
+    """Squared Mahalanobis distance to the nearest centroid of the best task, [N]."""
+
+    @property
+    def posterior(self) -> Tensor:
+        """How probable each task is if it is one of them, all equally frequent, [N, T]."""
+        return self.scores.softmax(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Router:
-    """All that routing needs, as data. All tensors are fp64."""
+    """All that routing needs, as data."""
 
     settings: RouterSettings
-    tasks: tuple[RoutedTask, ...] = ()
-    scatter: Tensor | None = None
-    """Σ over all training rows of (f − μ)(f − μ)ᵀ, μ the row's own centroid, [d, d]."""
-    rows: int = 0
-    """Rows in the scatter."""
+    views: tuple[View, ...] = ()
+    held_out: int = 0
+    """Rows that `View.right` was counted on."""
+
+    @classmethod
+    def on(cls, settings: RouterSettings, layers: int) -> Router:
+        """One that knows no task yet, for a base with so many layers.
+
+        Raises:
+            ConfigError: If the settings ask for a layer that is not there.
+        """
+        return cls(settings, tuple(View(joined) for joined in settings.views(layers)))
 
     @property
     def names(self) -> tuple[str, ...]:
         """The tasks in order of arrival."""
-        return tuple(task.name for task in self.tasks)
+        return tuple(task.name for task in self.views[0].tasks) if self.views else ()
 
-    def add(self, name: str, features: Tensor, validation: Tensor | None = None) -> Router:
+    @property
+    def view(self) -> View:
+        """The view that chooses: the most held-out rows told right, but one of more layers if it is within a standard
+        error of that; of equals the deeper.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        if not self.views:
+            raise ConfigError("the router knows no task; add one first")
+        best = max(view.right for view in self.views)
+        error = (best * (1 - best / self.held_out)) ** 0.5 if self.held_out else 0.0
+        near = [view for view in self.views if view.right >= best - error]
+        return max(near, key=lambda view: (len(view.layers), view.right, view.layers))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All layers that the views look at, in order."""
+        return tuple(sorted({layer for view in self.views for layer in view.layers}))
+
+    def add(
+        self, name: str, features: Tensor, validation: Tensor | None = None, *, labels: Tensor | None = None
+    ) -> Router:
         """A router that knows one more task.
 
         Args:
             name: The task.
-            features: Features of its training rows, [N, d].
-            validation: Features of rows kept apart, for the bound; without them it never abstains here.
+            features: Pooled states of its training rows at each of `layers`, [N, layers, width].
+            validation: The same of rows kept apart, for the bound and the choice of the view.
+            labels: Label number of each training row, [N] int64: a centroid for each label that occurs. Without them,
+                k-means.
 
         Raises:
             ConfigError: If the task is known already.
-            ShapeError: If the features are empty or of another width.
+            ShapeError: If the features are empty or of another form.
         """
         if name in self.names:
             raise ConfigError(f"the router knows task {name!r} already")
-        features = features.double()
-        width = None if self.scatter is None else self.scatter.shape[0]
-        if features.dim() != 2 or len(features) == 0 or width not in (None, features.shape[1]):
-            raise ShapeError(f"features of {name!r}: got {tuple(features.shape)}, wanted [rows, {width or 'width'}]")
-        centroids, assigned = _kmeans(features, self.settings)
-        residual = features - centroids[assigned]
-        scatter = residual.T @ residual
-        grown = replace(
-            self,
-            tasks=(*self.tasks, RoutedTask(name, centroids, features[:0], 0)),
-            scatter=scatter if self.scatter is None else self.scatter + scatter,
-            rows=self.rows + len(features),
-        )
-        if validation is None or len(validation) == 0 or self.settings.quantile == 1:
-            return grown
-        validation = validation.double()
-        outside = int((1 - self.settings.quantile) * len(validation) + 1e-9)
-        nearest = _distances(validation, centroids, grown.covariance()).amin(1)
-        tail = validation[nearest.argsort(descending=True)[: max(_TAIL_ROWS, 2 * outside + 1)]]
-        return replace(grown, tasks=(*self.tasks, RoutedTask(name, centroids, tail, outside)))
-
-    def covariance(self) -> Tensor:
-        """Σ = S/N + shrinkage · tr(S/N)/d · I, the pooled within-centroid scatter, shrunk, [d, d].
-
-        Raises:
-            ConfigError: If no task has been added.
-        """
-        if self.scatter is None:
-            raise ConfigError("the router knows no task; add one first")
-        pooled = self.scatter / self.rows
-        mean_variance = pooled.diagonal().mean()
-        return pooled + self.settings.shrinkage * mean_variance * torch.eye(len(pooled), dtype=pooled.dtype)
-
-    def bounds(self) -> Tensor:
-        """Each task's squared distance beyond which a row is foreign, under the scatter as it is now, [T].
-
-        With n validation rows it is the distance of the (⌊(1 − quantile) n⌋ + 1)-th farthest.
-        """
-        covariance = self.covariance()
-        bounds = []
-        for task in self.tasks:
-            if len(task.tail) == 0:
-                bounds.append(float("inf"))
-                continue
-            distances = _distances(task.tail, task.centroids, covariance).amin(1).sort(descending=True).values
-            bounds.append(float(distances[min(task.outside, len(distances) - 1)]))
-        return torch.tensor(bounds, dtype=torch.float64)
+        self._check(features, f"features of {name!r}")
+        settings = self.settings
+        grown = []
+        for view in self.views:
+            own = self._of(view, features)
+            groups = _clustered(own, settings) if labels is None else torch.unique(labels, return_inverse=True)[1]
+            held = None if validation is None else self._of(view, validation)
+            grown.append(view.add(name, own, groups, held, shrinkage=settings.shrinkage, quantile=settings.quantile))
+        count = 0 if validation is None else len(validation)
+        return replace(self, views=tuple(grown), held_out=self.held_out + count)
 
     def route(self, features: Tensor) -> Choice:
-        """Choose a task for each row: argmax over centroids of fᵀΣ⁻¹μ − ½ μᵀΣ⁻¹μ, or ABSTAIN beyond the bound.
+        """Choose a task for each row: the one with the highest score, or ABSTAIN beyond its bound.
 
         Args:
-            features: [N, d].
+            features: Pooled states at each of `layers`, [N, layers, width].
 
         Raises:
-            ShapeError: If the width is another.
+            ShapeError: If they have another form.
         """
-        covariance = self.covariance()
-        if features.dim() != 2 or features.shape[1] != len(covariance):
-            raise ShapeError(f"features: got {tuple(features.shape)}, wanted [rows, {len(covariance)}]")
-        features = features.double()
-        per_task, distance = [], []
-        for task in self.tasks:
-            weights = torch.linalg.solve(covariance, task.centroids.T)
-            per_task.append((features @ weights - 0.5 * (task.centroids.T * weights).sum(0)).amax(1))
-            distance.append(_distances(features, task.centroids, covariance).amin(1))
-        scores, distances = torch.stack(per_task, 1), torch.stack(distance, 1)
-        best = scores.argmax(1)
-        chosen = distances.gather(1, best[:, None])[:, 0]
+        view, shrinkage = self.view, self.settings.shrinkage
+        self._check(features, "features")
+        scores = view.scores(self._of(view, features), shrinkage)
+        best = scores.log.argmax(1)
+        distance = scores.distance.gather(1, best[:, None])[:, 0]
         # a row exactly on the bound is inside; the margin absorbs rounding of the same row computed twice
-        foreign = chosen > self.bounds()[best] * (1 + 1e-9)
-        return Choice(torch.where(foreign, torch.full_like(best, ABSTAIN), best), scores, chosen)
+        foreign = distance > view.bounds(shrinkage)[best] * (1 + 1e-9)
+        return Choice(torch.where(foreign, torch.full_like(best, ABSTAIN), best), scores.log, distance)
+
+    def _check(self, features: Tensor, what: str) -> None:
+        if features.dim() != 3 or features.shape[1] != len(self.layers) or len(features) == 0:
+            raise ShapeError(f"{what}: got {tuple(features.shape)}, wanted [rows, {len(self.layers)} layers, width]")
+
+    def _of(self, view: View, features: Tensor) -> Tensor:
+        """A view's own features, [N, d]."""
+        return features[:, [self.layers.index(layer) for layer in view.layers]].flatten(1)
 
 
-def _kmeans(features: Tensor, settings: RouterSettings) -> tuple[Tensor, Tensor]:
+def _clustered(features: Tensor, settings: RouterSettings) -> Tensor:
     from sklearn.cluster import KMeans
 
     distinct = len(torch.unique(features, dim=0))
     k = min(settings.centroids, distinct)
-    fitted = KMeans(n_clusters=k, n_init=4, random_state=settings.seed).fit(features.numpy())
-    assigned = torch.from_numpy(fitted.labels_).long()
-    sums = torch.zeros(k, features.shape[1], dtype=features.dtype).index_add_(0, assigned, features)
-    counts = torch.bincount(assigned, minlength=k)
-    return sums / counts[:, None], assigned
-
-
-def _distances(features: Tensor, centroids: Tensor, covariance: Tensor) -> Tensor:
-    """(f − μ)ᵀ Σ⁻¹ (f − μ) of every row and centroid, [N, k]."""
-    lower = torch.linalg.cholesky(covariance)
-    white = torch.linalg.solve_triangular(lower, features.T, upper=False).T
-    centres = torch.linalg.solve_triangular(lower, centroids.T, upper=False).T
-    return torch.stack([(white - centre).square().sum(1) for centre in centres], 1)
+    fitted = KMeans(n_clusters=k, n_init=4, random_state=settings.seed).fit(features.double().numpy())
+    # a centroid that lost its last row is left out
+    groups: Tensor = torch.unique(torch.from_numpy(fitted.labels_).long(), return_inverse=True)[1]
+    return groups
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -197,3 +202,6 @@ def check_names(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"task {twice[0]!r} comes twice in the sequence; give each task once")
+
+
+__all__ = ["ABSTAIN", "Choice", "RoutedTask", "Router", "RouterSettings", "View", "check_names"]

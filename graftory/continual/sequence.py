@@ -12,10 +12,11 @@ import yaml
 
 from graftory.adapter import check_name
 from graftory.config import CONFIGS, AdapterConfig
+from graftory.continual.probed import ProbeSettings
 from graftory.continual.router import RouterSettings
 from graftory.continual.strategies.base import Scenario
 from graftory.errors import ConfigError
-from graftory.schema import decode
+from graftory.schema import Json, decode
 
 WHEEL = "wheel:"
 
@@ -26,8 +27,8 @@ class Limits:
 
     train: int | None = None
     test: int | None = None
-    router: int | None = 1000
-    """Training rows of each task that the router looks at; a fifth of them sets its bound."""
+    router: int | None = None
+    """Training rows of each task that the router looks at; a fifth of them (500 at most) sets its bound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,16 @@ class TaskSequence:
     router: RouterSettings = field(default_factory=RouterSettings)
     seed: int = 0
     eval_batch_size: int = 32
+    eval_mixed: bool | None = None
+    """Whether the tasks learnt so far are measured together, in batches that mix their rows and adapters. None: where
+    they are answered in text. Apart, an adapter that stayed gives the same bits whatever else is in the run."""
+    probe: ProbeSettings | None = None
+    """General text that a causal language model reads before the first task and after each."""
+    report_to: tuple[str, ...] = ()
+    """Where losses go beside the progress bar: tensorboard, wandb, ... as transformers' `Trainer` calls them."""
+    max_drop: float | None = None
+    """δ of the gate: a step after which the score of an old task is lower by more than this, in shares of 1, than after
+    the last accepted step is rejected. None: every step is accepted."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -64,6 +75,8 @@ class TaskSequence:
             raise ConfigError("tasks: got none, wanted at least one")
         if self.eval_batch_size < 1:
             raise ConfigError(f"eval_batch_size: got {self.eval_batch_size}, wanted 1 or more")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
+            raise ConfigError(f"max_drop: got {self.max_drop}, wanted a share from 0 to 1 (0.02 is 2 points)")
         self.config()
 
     def config(self) -> AdapterConfig:
@@ -89,6 +102,19 @@ def load_sequence(path: str | Path) -> TaskSequence:
     Raises:
         ConfigError: If it cannot be read, or a key is unknown, missing or ill-typed.
     """
+    data = read_sequence(path)
+    several = [key for key in ("orders", "seeds") if key in data]
+    if several:
+        raise ConfigError(f"{path}: {several[0]} are several runs; load_study reads those")
+    return resolved(decode(TaskSequence, data, str(path)), Path(path).parent)
+
+
+def read_sequence(path: str | Path) -> Mapping[str, Json]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: If it cannot be read, or is none.
+    """
     path = Path(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -96,12 +122,19 @@ def load_sequence(path: str | Path) -> TaskSequence:
         raise ConfigError(f"no sequence file {path}; give the path of a YAML with name, base and tasks") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the sequence file {path}: {' '.join(str(error).split()):.200}") from None
-    sequence = decode(TaskSequence, data, str(path))
-    return _resolved(sequence, path.parent)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: got {type(data).__name__}, wanted a mapping with name, base and tasks")
+    return data
 
 
-def _resolved(sequence: TaskSequence, folder: Path) -> TaskSequence:
-    tasks = tuple(task if task.startswith(WHEEL) else str(folder / task) for task in sequence.tasks)
+def resolved(sequence: TaskSequence, folder: Path) -> TaskSequence:
+    """The same with files below a folder."""
+
+    def below(source: str) -> str:
+        return source if source.startswith(WHEEL) else str(folder / source)
+
+    tasks = tuple(map(below, sequence.tasks))
     local = folder / sequence.base
     base = str(local) if not sequence.base.startswith(WHEEL) and local.is_dir() else sequence.base
-    return replace(sequence, tasks=tasks, base=base)
+    probe = None if sequence.probe is None else replace(sequence.probe, text=below(sequence.probe.text))
+    return replace(sequence, tasks=tasks, base=base, probe=probe)

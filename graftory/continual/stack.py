@@ -64,7 +64,7 @@ def units_of(config: AdapterConfig, path: str) -> int:
     """
     if isinstance(config, LoraConfig):
         return config.rank_of(path)
-    if isinstance(config, BottleneckConfig):
+    if isinstance(config, BottleneckConfig) and config.parts == BottleneckConfig.parts:
         return config.size_of(path)
     raise ConfigError(f"adapters of method {config.method} cannot be added up; use lora or bottleneck")
 

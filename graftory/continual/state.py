@@ -4,8 +4,11 @@ sequence.json         the sequence; a run goes on only with the same one (tasks 
 events.jsonl          append-only log of phases
 steps/001.json        a committed step: task, reference, digest; written last of all
 cells/001-002-oracle.json   R[1][2]: after step 1, on task 2; step 0 is before any training
+probe/001.json        loss on general text after step 1; step 0 is the bare base
 kept/001.safetensors  what the strategy kept at a step: a basis, importances, samples
-router.safetensors    the router over the committed tasks and the one in progress
+router.safetensors    the router over the accepted tasks
+router-next.safetensors   and over the one in progress
+logs/                 TensorBoard's files, if they are asked for
 work/                 checkpoints of the task in progress; deleted at its commit
 """
 
@@ -17,14 +20,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
-from graftory.continual.files import append_event, read_events, read_json, write_json
+from graftory.continual.files import append_event, read_events, read_json, write_atomically, write_json
 from graftory.continual.kept_file import load_kept, save_kept
+from graftory.continual.probed import Probed
 from graftory.continual.sequence import TaskSequence
 from graftory.continual.strategies.base import Kept
 from graftory.errors import ConfigError
 from graftory.schema import Json, decode, encode
 
-Phase = Literal["prepare", "train", "consolidate", "eval", "commit"]
+Phase = Literal["prepare", "train", "consolidate", "eval", "rejected", "commit"]
 Way = Literal["oracle", "routed"]
 
 
@@ -55,6 +59,8 @@ class Cell:
     """Routed: how many rows went to each task, and to `abstained`."""
     copied: bool = False
     """Whether it is the untrained value by definition, not measured again."""
+    loss: float | None = None
+    """Of language models, with the id given: nats per token of the answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,12 @@ class Commit:
     """sha256 over what the strategy kept; empty if that is nothing."""
     stored: Mapping[str, int] = field(default_factory=dict)
     """Bytes that answering and going on need after this step, by what they are."""
+    accepted: bool = True
+    """Whether the run goes on from it; if not, the state of the last accepted step stays in force."""
+    drop: float = 0.0
+    """The largest fall of an old task's score, where the run has a gate."""
+    fell: str = ""
+    """The task that fell most."""
 
 
 class RunFolder:
@@ -93,7 +105,7 @@ class RunFolder:
             return
         before = decode(TaskSequence, read_json(path), str(path))
         old, new = encode(before), encode(sequence)
-        changed = [key for key, value in old.items() if key != "tasks" and new[key] != value]
+        changed = [key for key, value in old.items() if key not in ("tasks", "report_to") and new[key] != value]
         if sequence.tasks[: len(before.tasks)] != before.tasks:
             changed.append("tasks")
         if changed:
@@ -133,6 +145,15 @@ class RunFolder:
         write_json(self._cell_path(cell.step, cell.task, cell.way), cell)
         return cell
 
+    def probed(self, step: int) -> Probed | None:
+        """What the probe found after a step, or None."""
+        path = self._probe_path(step)
+        return decode(Probed, read_json(path), str(path)) if path.exists() else None
+
+    def put_probed(self, probed: Probed) -> None:
+        """Keep what the probe found."""
+        write_json(self._probe_path(probed.step), probed)
+
     def put_kept(self, step: int, kept: Kept) -> str:
         """Keep what a strategy keeps at a step; returns its hash."""
         return save_kept(kept, self._kept_path(step))
@@ -150,12 +171,38 @@ class RunFolder:
         """The router's file."""
         return self.root / "router.safetensors"
 
+    @property
+    def next_router(self) -> Path:
+        """The router's file while a step is not committed."""
+        return self.root / "router-next.safetensors"
+
+    def begin_router(self) -> Path:
+        """Let the next router start from the present one, whatever an earlier start of the run left of it."""
+        if self.router.exists():
+            write_atomically(self.next_router, self.router.read_bytes())
+        else:
+            self.next_router.unlink(missing_ok=True)
+        return self.next_router
+
+    def end_router(self, *, accepted: bool) -> None:
+        """Put the next router in the present one's place, or throw it away."""
+        if accepted and self.next_router.exists():
+            self.next_router.replace(self.router)
+        self.next_router.unlink(missing_ok=True)
+
     def work(self, step: int) -> Path:
         """The checkpoints of a step."""
         return self.root / "work" / f"{step:03}"
 
+    def logs(self, step: int, task: str) -> Path:
+        """Where TensorBoard's files of a step go."""
+        return self.root / "logs" / f"{step:03}-{task}"
+
     def _kept_path(self, step: int) -> Path:
         return self.root / "kept" / f"{step:03}.safetensors"
+
+    def _probe_path(self, step: int) -> Path:
+        return self.root / "probe" / f"{step:03}.json"
 
     def _cell_path(self, step: int, task: int, way: Way) -> Path:
         return self.root / "cells" / f"{step:03}-{task:03}-{way}.json"

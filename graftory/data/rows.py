@@ -53,7 +53,7 @@ def load_rows(task: TaskFile, split: str, *, limit: int | None = None, seed: int
     """Load one split of a task.
 
     Labels are the names in the task file, else the sorted names found in the training split. Where the
-    file names them, the data may also hold their numbers.
+    file names them, the data may also hold their numbers. Of a text-to-text task they are words, and its targets too.
 
     Raises:
         DataError: If the data cannot be read, has no such split or column, or a row has no usable value.
@@ -96,7 +96,7 @@ def _target(task: TaskFile, split: str, number: int, record: Record, read: Calla
     value = record[column]
     target = read(value) if _is_given(value) else None
     if target is None:
-        wanted = {"classification": "one of its labels", "regression": "a number"}.get(task.kind, "a text")
+        wanted = "one of its labels" if task.labels else _WANTED[task.kind]
         raise DataError(
             f"task {task.name!r}: row {number} of {split} has {value!r:.60} in column {column!r}, wanted {wanted}"
         )
@@ -129,10 +129,24 @@ def _read_number(_: TaskFile, __: tuple[str, ...]) -> Callable[[object], Target 
     return read
 
 
-def _read_text(_: TaskFile, __: tuple[str, ...]) -> Callable[[object], Target | None]:
-    return str
+def _read_text(task: TaskFile, _: tuple[str, ...]) -> Callable[[object], Target | None]:
+    if not task.labels:
+        return str
+    number_of = _read_label(task, task.labels)
+
+    def read(value: object) -> str | None:
+        number = number_of(value)
+        return None if number is None else task.labels[int(number)]
+
+    return read
 
 
+_WANTED: Mapping[TaskKind, str] = {
+    "classification": "one of its labels",
+    "regression": "a number",
+    "causal_lm": "a text",
+    "seq2seq": "a text",
+}
 _TARGETS: Mapping[TaskKind, Callable[[TaskFile, tuple[str, ...]], Callable[[object], Target | None]]] = {
     "classification": _read_label,
     "regression": _read_number,

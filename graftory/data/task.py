@@ -16,10 +16,12 @@ from graftory.schema import Json, decode
 METRICS_OF_KIND: Mapping[TaskKind, tuple[str, ...]] = {
     "classification": ("accuracy", "f1", "matthews", "loss"),
     "regression": ("pearson", "spearman", "mse", "loss"),
-    "causal_lm": ("loss", "exact_match"),
-    "seq2seq": ("loss", "exact_match"),
+    "causal_lm": ("loss", "exact_match", "accuracy", "likelihood"),
+    "seq2seq": ("loss", "exact_match", "accuracy", "likelihood"),
 }
 """The metrics a kind can be measured by; the first is its default."""
+TEXT_KINDS: tuple[TaskKind, ...] = ("causal_lm", "seq2seq")
+"""Kinds whose answer is a text that a language model writes."""
 
 _SPLITS = ("train", "validation", "test")
 _LABELLED = ("classification", "regression")
@@ -56,7 +58,8 @@ class DataSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskFile:
-    """One task. Column names refer to the data; `target` is the text a language model is to write."""
+    """One task. Column names refer to the data; `target` is the text a language model is to write, `labels` the words
+    that it may be, where it is one of a few."""
 
     name: str
     kind: TaskKind
@@ -128,7 +131,8 @@ def _complete(raw: dict[str, Json], path: Path) -> Json:
     if isinstance(data, dict):
         sample = data.get("sample")
         if isinstance(sample, str):
-            raw = {**_sample_defaults(sample, raw.get("kind")), **raw}
+            words = raw.get("kind") in TEXT_KINDS and raw.get("target") == "label"
+            raw = {**_sample_defaults(sample, raw.get("kind"), words=words), **raw}
         elif "dataset" not in data:
             resolve = {split: data[split] for split in _SPLITS if isinstance(data.get(split), str)}
             raw = {**raw, "data": {**data, **{split: str(path.parent / file) for split, file in resolve.items()}}}
@@ -137,13 +141,14 @@ def _complete(raw: dict[str, Json], path: Path) -> Json:
     return raw
 
 
-def _sample_defaults(source: str, kind: Json = None) -> dict[str, Json]:
-    """The keys of a sample task; only those of its data if it is used for another kind."""
+def _sample_defaults(source: str, kind: Json = None, *, words: bool = False) -> dict[str, Json]:
+    """The keys of a sample task; only those of its data if it is used for another kind, and its labels if a language
+    model is to write these words."""
     sample = sample_task(source)
     shared = {"name": source.removeprefix(PREFIX), "data": {"sample": source}, "max_length": sample.max_length}
     shared |= {"pair": sample.pair}
     if kind not in (None, sample.kind):
-        return shared
+        return {**shared, "labels": list(sample.labels)} if words else shared
     column = {"label": "label"} if sample.kind in _LABELLED else {"target": "target"}
     own = {"kind": sample.kind, "labels": list(sample.labels), "metric": sample.metric, "template": sample.template}
     return {**shared, **own, **column}
@@ -155,5 +160,10 @@ def _check_columns(task: TaskFile) -> None:
         raise ConfigError(f"{wanted!r} is missing: a {task.kind} task names the column of its {wanted}s")
     if getattr(task, other) is not None:
         raise ConfigError(f"{other!r} does not go with a {task.kind} task; it takes {wanted!r}")
-    if task.labels and task.kind != "classification":
-        raise ConfigError(f"'labels' does not go with a {task.kind} task")
+    if task.labels and task.kind == "regression":
+        raise ConfigError("'labels' does not go with a regression task")
+    if task.metric == "accuracy" and task.kind in TEXT_KINDS and len(task.labels) < 2:
+        raise ConfigError(
+            f"metric accuracy: a {task.kind} task is scored word against word; name the words in 'labels', or take "
+            "exact_match"
+        )

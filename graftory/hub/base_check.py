@@ -14,9 +14,11 @@ from graftory.adapter import AdapterSpec
 from graftory.config import (
     AdapterConfig,
     BottleneckConfig,
+    CompacterConfig,
     DoraConfig,
     FusionConfig,
     HyperformerConfig,
+    KronaConfig,
     LoraConfig,
     NormedBottleneckConfig,
 )
@@ -160,6 +162,17 @@ def _bottleneck_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Iter
         yield _Need(path, (_matrix(found, f"{path}.{BottleneckConfig.parts[2]}")[0],))
 
 
+def _compacter_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Iterator[_Need]:
+    for path in config.targets:
+        yield _Need(path, found.get(f"{path}.{CompacterConfig.parts[5]}", ()))
+
+
+def _krona_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Iterator[_Need]:
+    for path in config.targets:
+        (p, f), (g, q) = (_matrix(found, f"{path}.{part}") for part in KronaConfig.parts)
+        yield _Need(path, (g * q, p * f))
+
+
 def _fusion_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Iterator[_Need]:
     del found  # the configuration knows the widths
     for place in config.places if isinstance(config, FusionConfig) else ():
@@ -177,6 +190,8 @@ _NEEDS: Mapping[type[AdapterConfig], Callable[[AdapterConfig, Mapping[str, Shape
     LoraConfig: _lora_needs,
     DoraConfig: _lora_needs,
     BottleneckConfig: _bottleneck_needs,
+    CompacterConfig: _compacter_needs,
+    KronaConfig: _krona_needs,
     NormedBottleneckConfig: _bottleneck_needs,
     HyperformerConfig: _hyper_needs,
     FusionConfig: _fusion_needs,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from graftory.config import LoraConfig
 from graftory.errors import ConfigError, UnsupportedAdapterError
+from graftory.hub.codecs.packed import unpacked
 from graftory.hub.codecs.peft import CONFIG, WEIGHTS, WRITES
 from graftory.hub.folders import place
 from graftory.hub.records import Record
@@ -18,7 +20,7 @@ _BASE = "base_model_name_or_path"
 
 
 def write_layout(
-    record: Record, files: Mapping[str, memoryview], target: Path, *, layout: str, served_base: str | None
+    record: Record, files: Mapping[str, Bytes], target: Path, *, layout: str, served_base: str | None
 ) -> Path:
     """Write an adapter below a folder as another program wants it, in full or not at all.
 
@@ -40,10 +42,11 @@ def write_layout(
     make = LAYOUTS.get(layout)
     if make is None:
         raise ConfigError(f"no layout {layout!r:.40}; there are {', '.join(LAYOUTS)}")
-    return place(target.joinpath(*record.name.split("/")), make(record, files, served_base))
+    spec, whole = unpacked(record.spec, files)
+    return place(target.joinpath(*record.name.split("/")), make(replace(record, spec=spec), whole, served_base))
 
 
-def _peft(record: Record, files: Mapping[str, memoryview], served_base: str | None) -> dict[str, Bytes]:
+def _peft(record: Record, files: Mapping[str, Bytes], served_base: str | None) -> dict[str, Bytes]:
     """PEFT's two files; byte for byte unless the base is called something else."""
     if type(record.spec.config) not in WRITES:
         raise UnsupportedAdapterError(
@@ -80,17 +83,17 @@ def check_vllm(record: Record) -> None:
         )
 
 
-def _vllm(record: Record, files: Mapping[str, memoryview], served_base: str | None) -> dict[str, Bytes]:
+def _vllm(record: Record, files: Mapping[str, Bytes], served_base: str | None) -> dict[str, Bytes]:
     """PEFT's two files; the configuration names the base as it is served."""
     check_vllm(record)
     return {CONFIG: _renamed(files[CONFIG], served_base or record.spec.base.id), WEIGHTS: files[WEIGHTS]}
 
 
-def _renamed(config: memoryview, base: str) -> bytes:
+def _renamed(config: Bytes, base: str) -> bytes:
     return pretty({**json.loads(bytes(config)), _BASE: base})
 
 
-LAYOUTS: Mapping[str, Callable[[Record, Mapping[str, memoryview], str | None], dict[str, Bytes]]] = {
+LAYOUTS: Mapping[str, Callable[[Record, Mapping[str, Bytes], str | None], dict[str, Bytes]]] = {
     "peft": _peft,
     "vllm": _vllm,
 }

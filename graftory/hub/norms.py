@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from graftory.errors import CorruptAdapterError
-from graftory.hub.codecs.peft import PREFIX
+from graftory.hub.codecs.packed import unpacked
+from graftory.hub.codecs.peft import own_name
 from graftory.hub.depot import Depot
 from graftory.hub.records import Record
 from graftory.hub.safetensors_header import Bytes, StoredTensor, read_header
@@ -115,11 +116,11 @@ class Values:
         self._ref = record.ref
         self._files: list[Bytes] = []
         self._tensors: dict[str, tuple[int, StoredTensor]] = {}
-        for entry in record.files:
-            if entry.path.endswith(".safetensors"):
-                data = depot.blobs.map(entry.sha256, f"{record.ref} {entry.path}")
-                for tensor in read_header(data, entry.path):
-                    self._tensors[tensor.name.removeprefix(PREFIX)] = (len(self._files), tensor)
+        stored = {entry.path: depot.blobs.map(entry.sha256, f"{record.ref} {entry.path}") for entry in record.files}
+        for path, data in unpacked(record.spec, stored)[1].items():
+            if path.endswith(".safetensors"):
+                for tensor in read_header(data, path):
+                    self._tensors[own_name(tensor.name)] = (len(self._files), tensor)
                 self._files.append(data)
 
     def __getitem__(self, name: str) -> Matrix:

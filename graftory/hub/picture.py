@@ -27,6 +27,7 @@ _COLOURS = {
     "continued": "#009E73",
     "distilled": "#CC79A7",
     "generated": "#56B4E9",
+    "compressed": "#E69F00",
 }
 """Okabe and Ito's, which people with any colour vision tell apart; the edges are labelled as well."""
 _GREY, _INK, _ASKED = "#707070", "#202020", "#FFF3C4"

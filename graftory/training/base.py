@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,12 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from graftory.adapter import BaseModel, TaskKind
 from graftory.adapters import base_of
@@ -27,6 +32,8 @@ AUTO_CLASSES: Mapping[TaskKind, Any] = {
 }
 """The class that loads a base for each kind of task."""
 
+_IMAGES = frozenset(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES) - set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+"""Architectures that tell what an image shows, and read no text."""
 _HEAD_SEED = 0
 _HEADS: Mapping[str, Any] = {"num_labels": 2}
 
@@ -38,6 +45,20 @@ class LoadedBase:
     model: PreTrainedModel
     tokenizer: Any
     base: BaseModel
+
+
+@dataclass(frozen=True, slots=True)
+class OutlinedBase:
+    """A base model without its weights."""
+
+    model: PreTrainedModel
+    """Of the class that is meant; every tensor is on the device `meta`."""
+    tokenizer: Any
+    """None if the model has none."""
+    base: BaseModel
+    """Without hashes."""
+    source: str
+    """Where transformers finds it: a folder, or an id of the hub."""
 
 
 @contextmanager
@@ -69,7 +90,7 @@ def load_base(base: str, kind: TaskKind, *, revision: str | None = None) -> Load
         DownloadError: If the model cannot be had.
         ConfigError: If it cannot do this kind of task.
     """
-    source = _source(base)
+    source = source_of(base)
     heads = _HEADS if kind in ("classification", "regression") else {}
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(_HEAD_SEED)
@@ -78,11 +99,72 @@ def load_base(base: str, kind: TaskKind, *, revision: str | None = None) -> Load
             model = AUTO_CLASSES[kind].from_pretrained(source, revision=revision, dtype=torch.float32, **heads)
         except OSError as error:
             raise DownloadError(f"cannot load {base!r} ({_first(error)}); {_remedy(base)}") from error
-        except (ValueError, KeyError, ImportError) as error:
+        except ImportError as error:
+            raise ConfigError(
+                f"{base!r} needs what is not installed here ({_first(error)}); a quantised base, as for QLoRA, wants "
+                "its library and mostly a GPU: install it there, or give the unquantised model"
+            ) from error
+        except (ValueError, KeyError) as error:
             raise ConfigError(f"{base!r} cannot be a base for {kind} ({_first(error)}); {_remedy(base)}") from error
     described = base_of(model, id=base, revision=_commit(model) or revision, tokenizer=tokenizer)
     _set_pad_token(model, tokenizer)
     return LoadedBase(model.eval(), tokenizer, described)
+
+
+def outline_base(base: str, kind: TaskKind | None, *, revision: str | None = None) -> OutlinedBase:
+    """What `load_base` would load, without its weights: they are never read.
+
+    Args:
+        base: As in `load_base`.
+        kind: Kind of task; None for the class that the model was saved as.
+        revision: As in `load_base`.
+
+    Raises:
+        DownloadError: If the model cannot be had.
+        ConfigError: If it cannot do this kind of task, or does not say what it is.
+    """
+    source = source_of(base)
+    with quiet():
+        try:
+            config: Any = transformers.AutoConfig.from_pretrained(source, revision=revision)
+            images = kind == "classification" and config.model_type in _IMAGES
+            if kind in ("classification", "regression") and not images:
+                config.num_labels = _HEADS["num_labels"]
+            tokenizer = _tokenizer(source, revision, needed=kind is not None and not images)
+            with torch.device("meta"):
+                model = _class_of(config, None if images else kind, base)(config)
+        except OSError as error:
+            raise DownloadError(f"cannot load {base!r} ({_first(error)}); {_remedy(base)}") from error
+        except (ValueError, KeyError, ImportError) as error:
+            raise ConfigError(f"{base!r} cannot be a base for {kind} ({_first(error)}); {_remedy(base)}") from error
+    described = BaseModel(base, getattr(config, "_commit_hash", None) or revision, config.model_type)
+    if tokenizer is not None:
+        _set_pad_token(model, tokenizer)
+    return OutlinedBase(model.eval(), tokenizer, described, source)
+
+
+def _class_of(config: Any, kind: TaskKind | None, base: str) -> Callable[[Any], PreTrainedModel]:
+    if kind is not None:
+        build: Callable[[Any], PreTrainedModel] = AUTO_CLASSES[kind].from_config
+        return build
+    names = config.architectures or ()
+    found = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ConfigError(
+            f"{base!r} does not say which class it is (architectures: {list(names)}); give a kind of task"
+        )
+    return found
+
+
+def _tokenizer(source: str, revision: str | None, *, needed: bool) -> Any:
+    """The tokenizer; None if it is not needed and the model has none, as one of images."""
+    if not needed and not any(_has(source, name, revision) for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None  # transformers would make up an empty one
+    return transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def _has(source: str, name: str, revision: str | None) -> bool:
+    return bool(cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False))
 
 
 def layers_of(base: str, *, revision: str | None = None) -> int:
@@ -92,13 +174,13 @@ def layers_of(base: str, *, revision: str | None = None) -> int:
         DownloadError: If the configuration cannot be had.
     """
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(_source(base), revision=revision)
+        config: Any = transformers.AutoConfig.from_pretrained(source_of(base), revision=revision)
     except OSError as error:
         raise DownloadError(f"cannot load {base!r} ({_first(error)}); {_remedy(base)}") from error
     return int(config.num_hidden_layers)
 
 
-def _source(base: str) -> str:
+def source_of(base: str) -> str:
     """Where transformers finds a base.
 
     Raises:

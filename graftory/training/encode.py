@@ -22,6 +22,9 @@ IGNORED = -100
 TASK_NUMBER = "task_number"
 """Part of the rows of a batch that mixes tasks: which of them a row is of. Models are not shown it."""
 
+COUNTED = "counted"
+"""Part of the rows where several processes train: 1, or 0 for one that only fills a batch. Models are not shown it."""
+
 _PADDING: Mapping[str, int] = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 

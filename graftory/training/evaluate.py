@@ -1,16 +1,25 @@
-"""Measure adapters on tasks: all jobs at once, in batches whose rows use different adapters."""
+"""Measure adapters on tasks: all jobs at once, in batches whose rows use different adapters.
+
+A language model is measured by what it writes (exact match), by which of the label words it gives the highest
+probability, with the end token behind it (accuracy), or by the probability of the right one (likelihood, loss).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graftory.adapter import Adapter, Metric
-from graftory.data import Rows, TaskFile
+from graftory.data import TEXT_KINDS, Rows, TaskFile
 from graftory.training.base import LoadedBase
 from graftory.training.metrics import measure
+from graftory.training.mixture import Mixture
 from graftory.training.predict import Query, Scored, generate, score
+
+_LEEWAY = 8
+"""Tokens that a language model may write beyond the longest right answer: it has to show that it stops there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +33,28 @@ class Job:
     """Adapter whose head is used; None: the adapter's own."""
     task: TaskFile
     rows: Rows
+    mixture: Mixture | None = None
+    """Adapters that rows are run through in place of one."""
 
     def queries(self) -> list[Query]:
         """The rows, each with its adapter and head."""
         info = self.rows.info(self.task)
         pairs = zip(self.rows.texts, self.rows.targets, strict=True)
-        return [Query(text, self.adapter, self.head, info, target) for text, target in pairs]
+        return [Query(text, self.adapter, self.head, info, target, self.mixture) for text, target in pairs]
 
 
 def evaluate(
-    loaded: LoadedBase, jobs: Sequence[Job], *, batch_size: int = 32, max_new_tokens: int = 64
+    loaded: LoadedBase, jobs: Sequence[Job], *, batch_size: int = 32, max_new_tokens: int | None = None
 ) -> tuple[tuple[Metric, ...], ...]:
     """Measure every job: its task's metric, then the loss (mean over rows; for language models over target tokens).
 
     Rows of all jobs are mixed in batches of like length, each with its own adapter and head.
+
+    Args:
+        loaded: The base model.
+        jobs: What to measure.
+        batch_size: Rows at a time.
+        max_new_tokens: The most tokens that are written; by default some more than the longest right answer has.
 
     Raises:
         ConfigError: If a job needs a head and has none.
@@ -45,21 +62,61 @@ def evaluate(
     """
     queries = [job.queries() for job in jobs]
     scored = _split(score(loaded, [query for part in queries for query in part], batch_size=batch_size), queries)
-    writing = [part if job.task.metric == "exact_match" else [] for job, part in zip(jobs, queries, strict=True)]
-    flat = [query for part in writing for query in part]
-    written: list[str] = []
-    if flat:
-        written = generate(loaded, flat, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    texts = _split(written, writing)
-    return tuple(_metrics(job, *outputs) for job, *outputs in zip(jobs, scored, texts, strict=True))
+    written = _written(loaded, jobs, queries, batch_size, max_new_tokens)
+    chosen = _chosen(loaded, jobs, queries, batch_size)
+    return tuple(_metrics(job, *outputs) for job, *outputs in zip(jobs, scored, written, chosen, strict=True))
 
 
-def _metrics(job: Job, scored: Sequence[Scored], texts: Sequence[str]) -> tuple[Metric, ...]:
+def _written(
+    loaded: LoadedBase,
+    jobs: Sequence[Job],
+    queries: Sequence[Sequence[Query]],
+    batch_size: int,
+    max_new_tokens: int | None,
+) -> list[Sequence[str]]:
+    """What language models write, for every job that is measured by it; of the others nothing."""
+    parts = [part if job.task.metric == "exact_match" else [] for job, part in zip(jobs, queries, strict=True)]
+    flat = [query for part in parts for query in part]
+    if not flat:
+        return [()] * len(jobs)
+    if max_new_tokens is None:
+        answers = {str(query.target) for query in flat}
+        lengths = [len(loaded.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]) for answer in answers]
+        max_new_tokens = max(lengths) + _LEEWAY
+    return _split(generate(loaded, flat, batch_size=batch_size, max_new_tokens=max_new_tokens), parts)
+
+
+def _chosen(
+    loaded: LoadedBase, jobs: Sequence[Job], queries: Sequence[Sequence[Query]], batch_size: int
+) -> list[Sequence[str]]:
+    """The likeliest of the label words, argmax_w p(w, end | prompt), for every job of text that is measured by it."""
+    words = [job.task.labels if job.task.kind in TEXT_KINDS and job.task.metric == "accuracy" else () for job in jobs]
+    parts = [
+        [replace(query, target=word) for query in part for word in own]
+        for own, part in zip(words, queries, strict=True)
+    ]
+    flat = [query for part in parts for query in part]
+    if not flat:
+        return [()] * len(jobs)
+    scored = _split(score(loaded, flat, batch_size=batch_size), parts)
+    return [_likeliest(own, [row.loss for row in part]) for own, part in zip(words, scored, strict=True)]
+
+
+def _likeliest(words: Sequence[str], losses: Sequence[float]) -> list[str]:
+    """The word with the lowest loss, row by row; the losses of a row stand beside each other."""
+    size = max(1, len(words))
+    rows = [losses[start : start + size] for start in range(0, len(losses), size)]
+    return [words[min(range(size), key=row.__getitem__)] for row in rows]
+
+
+def _metrics(job: Job, scored: Sequence[Scored], written: Sequence[str], chosen: Sequence[str]) -> tuple[Metric, ...]:
     name = job.task.metric
     loss = sum(row.loss for row in scored) / max(1, sum(row.targets for row in scored))
     values = {"loss": loss}
-    if name != "loss":
-        outputs = list(texts) if name == "exact_match" else [_output(job, row) for row in scored]
+    if name == "likelihood":
+        values = {name: math.exp(-loss), "loss": loss}
+    elif name != "loss":
+        outputs: Sequence[Any] = written or chosen or [_output(job, row) for row in scored]
         values = {name: measure(name, job.rows.targets, outputs), "loss": loss}
     return tuple(Metric(key, value, job.task.name, job.rows.split, len(job.rows)) for key, value in values.items())
 

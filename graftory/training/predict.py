@@ -12,12 +12,14 @@ from torch import Tensor
 
 from graftory.adapter import Adapter, TaskInfo, TaskKind
 from graftory.adapters import AdaptedModel
+from graftory.adapters.route import Row
 from graftory.adapters.smop import reading
 from graftory.data import Text
 from graftory.errors import ConfigError
 from graftory.training.base import LoadedBase, quiet
 from graftory.training.encode import Collator, Example, encode
 from graftory.training.losses import model_inputs, readable_tokens, row_losses
+from graftory.training.mixture import Mixture, embedded
 
 _HEADED = ("classification", "regression")
 
@@ -33,6 +35,8 @@ class Query:
     task: TaskInfo | None = None
     """None: that of the head's adapter, or of the adapter."""
     target: int | float | str | None = None
+    mixture: Mixture | None = None
+    """Adapters that the row is run through in place of one, with the weights that it asks for."""
 
     @property
     def info(self) -> TaskInfo:
@@ -111,6 +115,46 @@ def score(loaded: LoadedBase, queries: Sequence[Query], *, batch_size: int = 32)
     return _batched(loaded, queries, batch_size, collator, prepare, run)
 
 
+def read(
+    loaded: LoadedBase,
+    texts: Sequence[str],
+    adapters: Sequence[Adapter | None],
+    *,
+    max_length: int = 128,
+    batch_size: int = 32,
+) -> list[Scored]:
+    """The loss of a causal language model on plain texts, -log p(x_t | x_<t) summed over all tokens but the first.
+
+    Args:
+        loaded: The base model.
+        texts: Texts; they are cut to `max_length` tokens.
+        adapters: Which adapter each text is read with; None: the bare base.
+        max_length: Tokens a text.
+        batch_size: Texts at a time.
+
+    Raises:
+        ConfigError: If the base is no causal language model.
+        BaseMismatchError: If an adapter belongs to another base.
+    """
+    if loaded.model.config.is_encoder_decoder or not loaded.model.can_generate():
+        raise ConfigError(f"{loaded.base.id!r} does not read text token by token; wanted a causal language model")
+    info = TaskInfo("text", "causal_lm", max_length=max_length)
+    queries = [Query(text, adapter, None, info) for text, adapter in zip(texts, adapters, strict=True)]
+
+    def run(adapted: AdaptedModel, batch: Mapping[str, Tensor], _: Sequence[Query]) -> list[Scored]:
+        with torch.no_grad():
+            logits = adapted(**model_inputs(info.kind, batch)).logits
+        losses = row_losses(info.kind, logits, batch["labels"])
+        return [Scored(None, float(a), int(b)) for a, b in zip(losses.total, losses.count, strict=True)]
+
+    def prepare(query: Query) -> Example:
+        encoded = loaded.tokenizer(query.text, truncation=True, max_length=max_length)
+        ids = list(encoded["input_ids"])
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
+
+    return _batched(loaded, queries, batch_size, Collator(loaded.tokenizer.pad_token_id), prepare, run)
+
+
 def generate(
     loaded: LoadedBase, queries: Sequence[Query], *, batch_size: int = 32, max_new_tokens: int = 64
 ) -> list[str]:
@@ -157,11 +201,26 @@ def _batched(
             part = [queries[row] for row in rows]
             batch = {name: value.to(device) for name, value in collator([examples[row] for row in rows]).items()}
             heads = [names[id(query.head)] if query.head else None for query in part]
-            chosen = [names[id(query.adapter)] if query.adapter else None for query in part]
-            with adapted.route(chosen, heads):
+            with adapted.route(_routes(adapted, batch, part, names), heads):
                 for row, result in zip(rows, run(adapted, batch, part), strict=True):
                     results[row] = result
     return results
+
+
+def _routes(
+    adapted: AdaptedModel, batch: Mapping[str, Tensor], part: Sequence[Query], names: Mapping[int, str]
+) -> list[Row]:
+    """What each row uses: its adapter, or its mixture with the weights that it asks for."""
+    routes: list[Row] = [names[id(query.adapter)] if query.adapter else None for query in part]
+    mixtures = {id(query.mixture): query.mixture for query in part if query.mixture is not None}
+    for key, mixture in mixtures.items():
+        with torch.no_grad():
+            weights = mixture.weigh(embedded(adapted.model, part[0].info.kind, batch)).tolist()
+        own = [names[id(adapter)] for adapter in mixture.adapters]
+        for row, query in enumerate(part):
+            if id(query.mixture) == key:
+                routes[row] = dict(zip(own, weights[row], strict=True))
+    return routes
 
 
 @contextmanager
@@ -169,7 +228,12 @@ def _attached(loaded: LoadedBase, queries: Iterable[Query]) -> Iterator[tuple[Ad
     """The base with all adapters of the queries in it, each once; names, which errors show, by the identity of
     the adapter.
     """
-    unique = {id(each): each for query in queries for each in (query.adapter, query.head) if each is not None}
+    used = (
+        each
+        for query in queries
+        for each in (query.adapter, query.head, *(query.mixture.adapters if query.mixture else ()))
+    )
+    unique = {id(each): each for each in used if each is not None}
     names: dict[int, str] = {}
     for key, adapter in unique.items():
         name = adapter.spec.task.name if adapter.spec.task else adapter.spec.method

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from graftory.training import processes
+
 
 class TrainingProgress(TrainerCallback):
     """Shows steps, loss and the time left on the terminal's error stream; nothing where there is no terminal."""
@@ -23,7 +25,7 @@ class TrainingProgress(TrainerCallback):
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or not processes.is_first(),
         )
         self.title = title
 

@@ -14,14 +14,21 @@ class LengthSampler(Sampler[int]):
     """Shuffles all rows, sorts them by length within windows of 20 batches, then shuffles the batches.
 
     The order depends on the seed and the epoch alone, so a resumed epoch sees the rows it would have seen.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows a batch, of all processes together.
+        seed: Decides the order.
+        filled: Whether a short last batch is filled with the number behind that of the last row.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, *, filled: bool = False) -> None:
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.missing = -len(lengths) % batch_size if filled else 0
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.missing
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer before each epoch."""
@@ -40,3 +47,4 @@ class LengthSampler(Sampler[int]):
         order = torch.randperm(len(batches), generator=generator).tolist()
         for batch in [*(batches[number] for number in order), *last]:
             yield from batch
+        yield from [len(self.lengths)] * self.missing

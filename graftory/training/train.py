@@ -21,10 +21,13 @@ from graftory.errors import ConfigError
 from graftory.schema import Json, canonical
 from graftory.schema import encode as to_json
 from graftory.settings import Optimizer, TrainSettings
+from graftory.training import processes
 from graftory.training.base import LoadedBase
 from graftory.training.company import ALONE, Company, Learnt, encoded
 from graftory.training.encode import Collator
 from graftory.training.progress import TrainingProgress
+from graftory.training.recipes import Scene, recipe_of
+from graftory.training.reporting import NOWHERE, Reporting
 from graftory.training.trainer import NO_HOOKS, AdapterTrainer, Hooks, last_checkpoint
 from graftory.versions import library_versions
 
@@ -69,6 +72,7 @@ def train_in_company(
     hooks: Hooks = NO_HOOKS,
     callbacks: Sequence[TrainerCallback] = (),
     company: Company = ALONE,
+    reporting: Reporting = NOWHERE,
 ) -> Learnt:
     """Train a fresh adapter, or go on with `init`, on the rows of a task. The base comes out as it went in.
 
@@ -84,17 +88,19 @@ def train_in_company(
         hooks: Loss terms and gradient hooks of a strategy.
         callbacks: Callbacks of transformers' `Trainer`.
         company: What is attached beside it, and rows of other tasks that are mixed in.
+        reporting: Who is told of the losses.
 
     Returns:
         The adapter with its lineage; parents are for the caller to add. And the heads that learnt with it.
 
     Raises:
-        ConfigError: If `output_dir` holds the checkpoints of another training.
+        ConfigError: If `output_dir` holds the checkpoints of another training, or the method cannot go on from any.
         BaseMismatchError: If `init` belongs to another base.
         CorruptAdapterError: If an adapter of the company changed, though it is frozen.
     """
     adapter = _start(loaded, task, rows, config, init)
     examples = company.examples(loaded, encoded(loaded, task, rows))
+    way = adapter.spec.config
     adapted = AdaptedModel(loaded.model, loaded.base)
     with ExitStack() as stack:
         stack.callback(loaded.model.eval)
@@ -102,23 +108,36 @@ def train_in_company(
         adapted.add(name, adapter)
         company.join(adapted)
         adapted.train_only(name, *company.heads)
+        recipe = recipe_of(Scene(adapted, name, task.kind, examples, loaded.tokenizer.pad_token_id, settings))
+        hooks = recipe.joined(hooks)
+        if output_dir is not None and not recipe.resumes:
+            raise ConfigError(
+                f"{way.method} keeps between steps what no checkpoint holds; train without --checkpoints (output_dir)"
+            )
         _freeze(adapted, name, hooks)
         if hooks.extra is not None:
             adapted.add_module("extra", hooks.extra)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()) if output_dir is None else output_dir)
-        resume = None if output_dir is None else claim(folder, adapter, company.hash_with(rows.hash), settings)
+        resume = None
+        if output_dir is not None:
+            known = company.hash_with(rows.hash)
+            own = claim(folder, adapter, known, settings) if processes.is_first() else None
+            resume = processes.from_first(own)
         if settings.gradient_checkpointing:
             _save_memory(loaded.model, adapted, name, hooks, stack)
         progress = TrainingProgress(name)
         stack.callback(progress.stop)
-        arguments = training_arguments(settings, folder, keep=output_dir is not None)
+        arguments = training_arguments(settings, folder, keep=output_dir is not None, reporting=reporting)
+        stack.enter_context(reporting.at_its_place())
         collator = Collator(loaded.tokenizer.pad_token_id)
+        callbacks = (*recipe.callbacks, *callbacks, progress)
         trainer = AdapterTrainer(
-            adapted, name, task.kind, arguments, examples, collator, hooks, (*callbacks, progress), company.kinds()
+            adapted, name, task.kind, arguments, examples, collator, hooks, callbacks, company.kinds()
         )
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        processes.wait()  # the others may still be writing their part of a checkpoint
         company.check(adapted)
-        made = _with_lineage(adapted.extract(name), loaded.base, task, rows, settings)
+        made = _with_lineage(recipe.finish(adapted.extract(name)), loaded.base, task, rows, settings, way)
         extra = {} if hooks.extra is None else hooks.extra.state_dict()
         heads = {head: adapted.extract(head) for head in company.heads}
         return Learnt(made, heads, {key: tensor.detach().cpu().clone() for key, tensor in extra.items()})
@@ -144,13 +163,23 @@ def _start(loaded: LoadedBase, task: TaskFile, rows: Rows, config: AdapterConfig
     return Adapter(spec, {**fresh.tensors, **kept}, init.sources)
 
 
-def training_arguments(settings: TrainSettings, folder: Path, *, keep: bool) -> TrainingArguments:
-    """Our settings in transformers' words; checkpoints are written only if they are kept."""
+def training_arguments(
+    settings: TrainSettings, folder: Path, *, keep: bool, reporting: Reporting = NOWHERE
+) -> TrainingArguments:
+    """Our settings in transformers' words; checkpoints are written only if they are kept.
+
+    Raises:
+        ConfigError: If the rows of a batch cannot be shared evenly among the processes.
+    """
+    if settings.batch_size % processes.size():
+        raise ConfigError(
+            f"batch_size: got {settings.batch_size} for {processes.size()} processes, wanted a multiple of their number"
+        )
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // processes.size(),
         gradient_accumulation_steps=settings.accumulation,
         optim=_OPTIMIZERS[settings.optimizer],
         learning_rate=settings.learning_rate,
@@ -165,7 +194,8 @@ def training_arguments(settings: TrainSettings, folder: Path, *, keep: bool) -> 
         save_total_limit=1,
         logging_steps=10,
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(reporting.to) or "none",
+        run_name=reporting.run or None,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
@@ -215,8 +245,13 @@ def claim(folder: Path, adapter: Adapter, rows_hash: str, settings: TrainSetting
     return None
 
 
-def _with_lineage(adapter: Adapter, base: BaseModel, task: TaskFile, rows: Rows, settings: TrainSettings) -> Adapter:
+def _with_lineage(
+    adapter: Adapter, base: BaseModel, task: TaskFile, rows: Rows, settings: TrainSettings, trained: AdapterConfig
+) -> Adapter:
     parameters = {**to_json(settings), "rows": len(rows)}
+    if trained.stored_as is not None:
+        options = {key: value for key, value in config_to_json(trained).items() if key != "targets"}
+        parameters["trained_as"] = options
     if task.data.sample is not None:
         parameters[TASK_SOURCE] = task.data.sample
     lineage = Lineage("train", (), parameters, rows.hash, settings.seed, library_versions())

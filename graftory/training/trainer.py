@@ -7,8 +7,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from graftory.adapters import AdaptedModel
 from graftory.adapters.site import shown
 from graftory.adapters.smop import reading
 from graftory.errors import ConfigError, CorruptAdapterError
-from graftory.training.encode import TASK_NUMBER, Collator, Example
-from graftory.training.losses import mixed_losses, model_inputs, readable_tokens
+from graftory.training import processes
+from graftory.training.encode import COUNTED, TASK_NUMBER, Collator, Example
+from graftory.training.losses import RowLosses, mixed_losses, model_inputs, readable_tokens
 from graftory.training.sampler import LengthSampler
 
 CHECKPOINT_FILE = "adapter.safetensors"
@@ -42,6 +44,8 @@ class StepContext:
     """Optimizer steps done so far."""
     name: str = ""
     """The adapter that learns."""
+    counted: Tensor | None = None
+    """Where several processes train: 0 for rows that only fill the batch, [rows]."""
 
 
 LossTerm = Callable[[StepContext], Mapping[str, Tensor]]
@@ -49,6 +53,9 @@ LossTerm = Callable[[StepContext], Mapping[str, Tensor]]
 
 StepRoute = Callable[[AdaptedModel, str], AbstractContextManager[None]]
 """Puts the route of a training step in force, for the adapter of the given name and whatever is attached beside it."""
+
+RowsRoute = Callable[[AdaptedModel, str, Mapping[str, Tensor]], AbstractContextManager[None]]
+"""The same, shown the batch, which may not be where the model is yet."""
 
 GradientHook = Callable[[AdaptedModel, int], None]
 """Called with the model and the number of steps done, when the gradients are complete and clipped and the
@@ -69,10 +76,16 @@ class Hooks:
     """Ends of the names, in `Adapter.tensors`, of weights of the adapter's body that do not learn."""
     route: StepRoute | None = None
     """What a training step runs through; None: the adapter alone."""
+    route_rows: RowsRoute | None = None
+    """The same where it depends on the rows; `route` is then what a forward runs through that is done again in the
+    backward, to save memory."""
     observers: tuple[Callable[[str, Tensor], None], ...] = ()
     """Shown the path and the inputs of the adapter at each of its sites, in every forward for the task's loss."""
     extra: torch.nn.Module | None = None
     """More weights that learn and are in the checkpoints."""
+    stand_ins: StepRoute | None = None
+    """What a training step runs through beside its route: puts tensors in the place of weights, with
+    `AdaptedModel.made`."""
 
 
 NO_HOOKS = Hooks()
@@ -114,7 +127,7 @@ class AdapterTrainer(Trainer):
             model=adapted,
             args=arguments,
             data_collator=collator,
-            train_dataset=list(examples),
+            train_dataset=_with_filling(examples, arguments.world_size),
             callbacks=[*callbacks, _Gradients(adapted, hooks.on_gradients)],
         )
         self.lengths = [len(example["input_ids"]) for example in examples]
@@ -122,11 +135,16 @@ class AdapterTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each batch
         self.adapted, self.name, self.kind, self.hooks = adapted, name, kind, hooks
         self.heads, self.kinds = (None, *(head for head, _ in others)), (kind, *(other for _, other in others))
+        if arguments.world_size > 1:
+            # gradients are summed by `mean_gradients`: DDP cannot do with weights that only a loss term uses
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._sums: dict[str, Tensor | float] = {}
         self._batches = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthSampler:
-        return LengthSampler(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
+        several = self.args.world_size > 1
+        rows = self.args.per_device_train_batch_size * self.args.world_size
+        return LengthSampler(self.lengths, rows, self.args.seed, filled=several)
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """The weights that decay: transformers' choice, without those of the hooks."""
@@ -150,11 +168,17 @@ class AdapterTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward, both inside the route."""
-        with self._route(inputs):
-            return super().training_step(model, inputs, num_items_in_batch)
+        stand_ins = self.hooks.stand_ins
+        with nullcontext() if stand_ins is None else stand_ins(self.adapted, self.name), self._route(inputs):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.world_size > 1 and self.accelerator.sync_gradients:
+            processes.mean_gradients(list(self._learning().values()))
+        return loss
 
     def _route(self, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
         """The hooks' route, or the adapter for all rows; where tasks are mixed, each row with its own task's head."""
+        if self.hooks.route_rows is not None:
+            return self.hooks.route_rows(self.adapted, self.name, inputs)
         if self.hooks.route is not None:
             return self.hooks.route(self.adapted, self.name)
         numbers = inputs.get(TASK_NUMBER)
@@ -170,15 +194,16 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The task's loss plus every named loss term."""
-        numbers = inputs.pop(TASK_NUMBER, None)
+        numbers, counted = inputs.pop(TASK_NUMBER, None), inputs.pop(COUNTED, None)
         with ExitStack() as stack:
             stack.enter_context(reading(readable_tokens(self.kind, inputs)))
             for observer in self.hooks.observers:
                 stack.enter_context(shown(observer))
             outputs = model(**model_inputs(self.kind, inputs))
         kinds = [self.kind] if numbers is None else [self.kinds[number] for number in numbers.tolist()]
-        terms = {"task": mixed_losses(kinds, outputs.logits, inputs["labels"]).mean()}
-        context = StepContext(self.adapted, inputs, outputs, self.state.global_step, self.name)
+        losses = mixed_losses(kinds, outputs.logits, inputs["labels"])
+        terms = {"task": losses.mean() if counted is None else _part_of_mean(losses, counted)}
+        context = StepContext(self.adapted, inputs, outputs, self.state.global_step, self.name, counted)
         for term in self.hooks.loss_terms:
             more = term(context)
             if terms.keys() & more.keys():
@@ -194,7 +219,9 @@ class AdapterTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the mean of every loss term beside the total."""
         if self._sums and "loss" in logs:
-            logs = {**logs, **{f"loss_{name}": float(total) / self._batches for name, total in self._sums.items()}}
+            means = {name: torch.as_tensor(total) / self._batches for name, total in self._sums.items()}
+            processes.add_up(list(means.values()))
+            logs = {**logs, **{f"loss_{name}": float(mean) / processes.size() for name, mean in means.items()}}
         if "loss" in logs:
             self._sums.clear()
             self._batches = 0
@@ -220,6 +247,21 @@ class AdapterTrainer(Trainer):
 
     def _learning(self) -> dict[str, torch.nn.Parameter]:
         return {name: weight for name, weight in self.adapted.named_parameters() if weight.requires_grad}
+
+
+def _with_filling(examples: Sequence[Example], processes: int) -> list[Example]:
+    """The rows; where several processes train, one more that does not count, for a last batch that is short."""
+    if processes < 2:
+        return list(examples)
+    short = min(examples, key=lambda example: len(example["input_ids"]))
+    return [*({**example, COUNTED: 1} for example in examples), {**short, COUNTED: 0}]
+
+
+def _part_of_mean(losses: RowLosses, counted: Tensor) -> Tensor:
+    """This process' part of the mean over the targets of all processes, times their number: they average."""
+    count = (losses.count * counted).sum().float()
+    processes.add_up([count])
+    return (losses.total * counted).sum() * processes.size() / count.clamp(min=1)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

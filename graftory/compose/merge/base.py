@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from graftory.adapter import Adapter
+from graftory.compose.merge.originals import Originals, no_originals
 from graftory.config import AdapterConfig
 from graftory.errors import MergeError
 
@@ -35,6 +36,11 @@ class MergeParameters:
         """Whose examples the method wants to see the adapters' inputs of, `Body.inputs`."""
         return "nothing"
 
+    @property
+    def gradients(self) -> bool:
+        """Whether it wants gradients beside the inputs, see `compose.record_gradients`."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class Body:
@@ -46,6 +52,10 @@ class Body:
     tensors: Mapping[str, Tensor]
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     """What it reads at each site, [tokens, d_in], for methods that look at it; see `compose.record_inputs`."""
+    originals: Originals = no_originals
+    """The base's own modules, for adapters whose update depends on them."""
+    weight_at: Mapping[str, float] = field(default_factory=dict)
+    """Its weight at modules where that is not the one that it has everywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +72,32 @@ class MergeMethod:
     default_weight: Callable[[int], float]
     """The weight of each of n adapters if none are given."""
     fn: Callable[[Sequence[Body], Sequence[float], Any], Body]
-    """(bodies, weights, parameters of type `params`) -> merged body; all bodies have one adapter method."""
+    """(bodies, weights, parameters of type `params`) -> merged body; in delta space the bodies may be of several linear
+    methods, else they are all of one."""
 
 
-def body_of(adapter: Adapter, position: int, inputs: Mapping[str, Tensor] | None = None) -> Body:
+def body_of(
+    adapter: Adapter,
+    position: int,
+    inputs: Mapping[str, Tensor] | None = None,
+    originals: Originals = no_originals,
+) -> Body:
     """An adapter's body, named by its task where it has one."""
     task = adapter.spec.task
     label = f"adapter {position + 1}" + (f" ({task.name})" if task else "")
-    return Body(label, adapter.spec.config, adapter.body_tensors(), inputs or {})
+    return Body(label, adapter.spec.config, adapter.body_tensors(), inputs or {}, originals)
+
+
+def check_not_negative(method: str, bodies: Sequence[Body], weights: Sequence[float], why: str) -> None:
+    """Refuse weights below 0, everywhere or at a module.
+
+    Raises:
+        MergeError: If there is one.
+    """
+    for body, weight in zip(bodies, weights, strict=True):
+        least = min([weight, *body.weight_at.values()])
+        if least < 0:
+            raise MergeError(f"{method}: got the weight {least:g} of {body.name}, wanted none below 0, as {why}")
 
 
 def check_keys(body: Body, expected: Sequence[str]) -> None:
@@ -83,7 +111,7 @@ def check_keys(body: Body, expected: Sequence[str]) -> None:
         verb = "has" if strange[0] in body.tensors else "lacks"
         raise MergeError(
             f"{body.name} {verb} the tensor {strange[0]!r}, which its configuration does not explain; "
-            "only plain lora and bottleneck tensors can be merged"
+            "only what a method itself trains can be merged"
         )
 
 

@@ -37,7 +37,10 @@ def concatenate(bodies: Sequence[Body], weights: Sequence[float]) -> Body:
         check_keys(body, [f"{site}.{part}" for site in body.config.targets for part in body.config.parts])
     for site in union_of_targets(bodies):
         here = [
-            ({part: body.tensors[f"{site}.{part}"].float() for part in config.parts}, weight * config.scale)
+            (
+                {part: body.tensors[f"{site}.{part}"].float() for part in config.parts},
+                body.weight_at.get(site, weight) * config.scale,
+            )
             for body, config, weight in zip(bodies, configs, weights, strict=True)
             if site in config.targets
         ]

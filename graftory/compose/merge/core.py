@@ -11,7 +11,7 @@ from graftory.compose.merge.base import Body, MergeMethod
 from graftory.compose.merge.delta import Delta
 from graftory.compose.merge.dense import stack_of_tensor
 from graftory.compose.merge.elementwise import RECIPES, InnerParameters, merge_entries
-from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites
+from graftory.compose.merge.sites import LINEAR_METHODS, Site, averaged, merge_sites
 from graftory.compose.merge.spectrum import merge_in_core
 
 
@@ -39,7 +39,7 @@ def core(bodies: Sequence[Body], weights: Sequence[float], parameters: CoreSpace
 
         return merge_in_core(site, parameters.rank, small)
 
-    return merge_sites(bodies, weights, merged)
+    return merge_sites(bodies, weights, merged, vectors=averaged(parameters.scaling))
 
 
 CORE = MergeMethod(

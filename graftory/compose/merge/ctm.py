@@ -12,7 +12,7 @@ from graftory.compose.merge.base import Body, MergeMethod
 from graftory.compose.merge.delta import Delta
 from graftory.compose.merge.dense import stack_of_tensor
 from graftory.compose.merge.elementwise import RECIPES, InnerParameters, merge_entries
-from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites
+from graftory.compose.merge.sites import LINEAR_METHODS, Site, averaged, merge_sites
 from graftory.compose.merge.spectrum import merge_in_core
 from graftory.config import option
 from graftory.errors import MergeError
@@ -56,7 +56,7 @@ def ctm(bodies: Sequence[Body], weights: Sequence[float], parameters: CtmParamet
 
         return merge_in_core(site, rank, small)
 
-    return merge_sites(bodies, weights, merged)
+    return merge_sites(bodies, weights, merged, vectors=averaged(parameters.scaling))
 
 
 def _levelled(matrices: Tensor, own: float) -> Tensor:

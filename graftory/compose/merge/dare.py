@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftory.compose.merge.base import Body, MergeMethod
-from graftory.compose.merge.elementwise import RECIPES, EntryParameters, merge_updates
-from graftory.compose.merge.sites import LINEAR_METHODS, merge_sites
+from graftory.compose.merge.elementwise import RECIPES, EntryParameters, merge_by_entry
+from graftory.compose.merge.sites import LINEAR_METHODS
 from graftory.compose.merge.sparsify import Sparsity
 from graftory.config import option
 
@@ -34,7 +34,7 @@ def dare(bodies: Sequence[Body], weights: Sequence[float], parameters: DareParam
     Raises:
         MergeError: If all weights are 0 or shapes disagree.
     """
-    return merge_sites(bodies, weights, lambda site: merge_updates(site, RECIPES["dare"], parameters))
+    return merge_by_entry(bodies, weights, RECIPES["dare"], parameters)
 
 
 def dare_ties(bodies: Sequence[Body], weights: Sequence[float], parameters: DareParameters) -> Body:
@@ -43,7 +43,7 @@ def dare_ties(bodies: Sequence[Body], weights: Sequence[float], parameters: Dare
     Raises:
         MergeError: If all weights are 0 or shapes disagree.
     """
-    return merge_sites(bodies, weights, lambda site: merge_updates(site, RECIPES["dare_ties"], parameters))
+    return merge_by_entry(bodies, weights, RECIPES["dare_ties"], parameters)
 
 
 DARE = MergeMethod(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graftory.compose.merge.delta import Delta
+from graftory.compose.merge.delta import Delta, whole
 
 BLOCK = 1 << 22
 """Most numbers in a block, of all matrices together: 16 MB of fp32."""
@@ -71,7 +71,7 @@ def low_rank(matrix: Tensor, rank: int | None) -> Delta:
         return Delta(turned.right.T, turned.left.T)
     width = matrix.shape[1]
     if rank is None or rank >= width:
-        return Delta(matrix, torch.eye(width, dtype=matrix.dtype))
+        return whole(matrix)
     step = max(1, BLOCK // width)
     gram = torch.zeros(width, width, dtype=torch.float64)
     for block in matrix.split(step):

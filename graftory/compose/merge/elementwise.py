@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graftory.compose.merge.base import MergeParameters, check_rank, check_scaling
+from graftory.compose.merge.base import Body, MergeParameters, check_rank, check_scaling
 from graftory.compose.merge.delta import Delta
 from graftory.compose.merge.dense import Stack, low_rank, stack_of_deltas
-from graftory.compose.merge.sites import Site
+from graftory.compose.merge.sites import Site, as_rows, merge_sites
 from graftory.compose.merge.sparsify import SPARSIFIERS, Sparsifier, Sparsity
 from graftory.compose.merge.spectrum import TOLERANCE
 from graftory.config import option
@@ -119,7 +119,17 @@ def merge_entries(stack: Stack, weights: Sequence[float], recipe: Recipe, sparsi
     return torch.cat([recipe.combine(drop(block), factors.to(block.dtype)) for block in stack.blocks()])
 
 
-def merge_updates(site: Site, recipe: Recipe, parameters: EntryParameters) -> Delta:
-    """Merge the updates of one module entry by entry, and factorise the result."""
-    merged = merge_entries(stack_of_deltas(site.deltas), site.weights, recipe, parameters.sparsity(site.path))
-    return low_rank(merged, parameters.rank).scaled(parameters.scaling)
+def merge_by_entry(
+    bodies: Sequence[Body], weights: Sequence[float], recipe: Recipe, parameters: EntryParameters
+) -> Body:
+    """Merge updates entry by entry, and factorise the results. Biases are merged so too, each a row of its own.
+
+    Raises:
+        MergeError: If all weights are 0 or shapes disagree.
+    """
+
+    def merged(site: Site) -> Delta:
+        found = merge_entries(stack_of_deltas(site.deltas), site.weights, recipe, parameters.sparsity(site.path))
+        return low_rank(found, parameters.rank).scaled(parameters.scaling)
+
+    return merge_sites(bodies, weights, merged, vectors=as_rows(merged), factored=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graftory.compose.merge.base import Body, MergeMethod
-from graftory.compose.merge.sites import LINEAR_METHODS, merge_sites
+from graftory.compose.merge.sites import LINEAR_METHODS, averaged, merge_sites
 from graftory.compose.merge.spectrum import CoreParameters, Spectrum, merge_in_core, polar, spectrum_of, weighted_cores
 from graftory.config import option
 from graftory.errors import MergeError
@@ -47,7 +47,9 @@ def iso_c(bodies: Sequence[Body], weights: Sequence[float], parameters: IsoCPara
         found = spectrum_of(weighted_cores(cores, factors)).first(parameters.rank)
         return parameters.scaling * found.s.sum() / max(1, len(found.s)) * (found.u @ found.vt)
 
-    return merge_sites(bodies, weights, lambda site: merge_in_core(site, None, merged))
+    return merge_sites(
+        bodies, weights, lambda site: merge_in_core(site, None, merged), vectors=averaged(parameters.scaling)
+    )
 
 
 def iso_cts(bodies: Sequence[Body], weights: Sequence[float], parameters: IsoCtsParameters) -> Body:
@@ -78,7 +80,9 @@ def iso_cts(bodies: Sequence[Body], weights: Sequence[float], parameters: IsoCts
             return torch.zeros_like(cores[0])
         return parameters.scaling * s.mean() * (polar(u) @ polar(v).T)
 
-    return merge_sites(bodies, weights, lambda site: merge_in_core(site, None, merged))
+    return merge_sites(
+        bodies, weights, lambda site: merge_in_core(site, None, merged), vectors=averaged(parameters.scaling)
+    )
 
 
 def _own(matrix: Tensor, common: Spectrum) -> Spectrum:

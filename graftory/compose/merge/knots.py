@@ -11,7 +11,7 @@ from graftory.compose.merge.base import Body, MergeMethod
 from graftory.compose.merge.delta import Delta
 from graftory.compose.merge.dense import stack_of_tensor
 from graftory.compose.merge.elementwise import RECIPES, InnerParameters, merge_entries
-from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites
+from graftory.compose.merge.sites import LINEAR_METHODS, Site, averaged, merge_sites
 from graftory.compose.merge.spectrum import core_of, cut, spectrum_of
 
 
@@ -44,7 +44,7 @@ def knots(bodies: Sequence[Body], weights: Sequence[float], parameters: KnotsPar
         delta = Delta(core.left @ found.u * root, root[:, None] * entries)
         return cut(delta, parameters.rank).scaled(parameters.scaling)
 
-    return merge_sites(bodies, weights, merged)
+    return merge_sites(bodies, weights, merged, vectors=averaged(parameters.scaling))
 
 
 KNOTS = MergeMethod(

@@ -16,7 +16,9 @@ from torch import Tensor
 from graftory.adapter import Adapter, AdapterRef, AdapterSpec, Parent
 from graftory.compose.merge import METHODS, merge
 from graftory.compose.merge.base import MergeParameters
+from graftory.compose.merge.loading import base_for
 from graftory.compose.merge.mera import MeraParameters
+from graftory.compose.merge.weighting import EVERYWHERE, Weights, fits
 from graftory.compose.record import record_examples
 from graftory.errors import MergeError
 from graftory.hub import Hub
@@ -26,6 +28,8 @@ from graftory.versions import library_versions
 
 _OF_INPUTS = ("examples", "seed", "per_domain")
 """Notes that a merge by activations depends on."""
+_TUNED = {"tuned", "auto"}
+"""Notes of merges that all parents had a say in, beside what they were merged by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +38,14 @@ class Entry:
 
     Attributes:
         method: A row of `METHODS`.
-        weights: One for each parent; None for the method's own.
+        weights: One for each parent by patterns of modules, see `merge`; without that of everywhere, the method's own.
         parameters: Of the method.
         parents: What was merged, in order.
         notes: What else the lineage tells.
     """
 
     method: str
-    weights: tuple[float, ...] | None
+    weights: Mapping[str, tuple[float, ...]]
     parameters: MergeParameters
     parents: tuple[Parent, ...]
     notes: Mapping[str, Json]
@@ -68,11 +72,16 @@ def entry_of(spec: AdapterSpec, name: str) -> Entry:
     if not isinstance(weights, list) or len(weights) != len(lineage.parents):
         raise MergeError(f"{name}: its record does not name the parents and their weights; merge them anew")
     factors = decode(tuple[float, ...], weights, f"{name}: weights")
+    listed = told.pop("weights_at", [])
+    if not isinstance(listed, list) or not all(isinstance(one, list) and one for one in listed):
+        raise MergeError(f"{name}: its record does not tell the weights of single modules; merge anew")
+    given = {str(one[0]): decode(tuple[float, ...], one[1:], f"{name}: weights_at") for one in listed}
     own = {field.name for field in fields(row.params)}
     parameters = decode(row.params, {key: told[key] for key in told if key in own}, name)
-    standard = set(factors) == {row.default_weight(len(factors))}
+    if set(factors) != {row.default_weight(len(factors))}:
+        given = {EVERYWHERE: factors, **given}
     notes = {key: value for key, value in told.items() if key not in own or key in _OF_INPUTS}
-    return Entry(row.name, None if standard else factors, parameters, lineage.parents, notes)
+    return Entry(row.name, given, parameters, lineage.parents, notes)
 
 
 def remake(hub: Hub, entry: Entry) -> Adapter:
@@ -82,14 +91,22 @@ def remake(hub: Hub, entry: Entry) -> Adapter:
         AdapterNotFoundError: If a parent is not in the hub.
         MergeError: If the parents cannot be merged.
     """
-    names = [AdapterRef(AdapterRef.parse(parent.ref).name, digest=parent.digest) for parent in entry.parents]
-    adapters = [hub.get(name) for name in names]
+    return _merged(hub, entry, entry.weights)
+
+
+def _name_of(parent: Parent) -> AdapterRef:
+    return AdapterRef(AdapterRef.parse(parent.ref).name, digest=parent.digest)
+
+
+def _merged(hub: Hub, entry: Entry, weights: Weights | None) -> Adapter:
+    adapters = [hub.get(_name_of(parent)) for parent in entry.parents]
     return merge(
         adapters,
         entry.method,
-        weights=entry.weights,
+        weights=entry.weights if weights is None else weights,
         parameters=entry.parameters,
         inputs=_inputs(entry, adapters),
+        base=base_for(adapters, entry.method),
         parents=entry.parents,
         notes=entry.notes,
     )
@@ -103,7 +120,8 @@ def _inputs(entry: Entry, adapters: Sequence[Adapter]) -> Sequence[Mapping[str, 
     if not isinstance(examples, str) and (examples is not None or entry.parameters.reads == "examples"):
         raise MergeError(f"{entry.method} looked at inputs that the record does not name; merge anew with --examples")
     limit = decode(int, entry.notes.get("per_domain", SelectSettings().per_domain), "per_domain")
-    return record_examples(adapters, examples, limit=limit, seed=decode(int, entry.notes.get("seed", 0), "seed"))
+    seed = decode(int, entry.notes.get("seed", 0), "seed")
+    return record_examples(adapters, examples, limit=limit, seed=seed, gradients=entry.parameters.gradients)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +183,7 @@ def _largest_difference(pairs: Iterable[tuple[Tensor | None, Tensor | None]]) ->
 
 
 def merge_without(
-    hub: Hub, ref: str | AdapterRef, leave_out: Sequence[str], *, weights: Sequence[float] | None = None
+    hub: Hub, ref: str | AdapterRef, leave_out: Sequence[str], *, weights: Weights | None = None
 ) -> Adapter:
     """Make a stored merge again as if some of its parents had never been merged: the same as merging the others.
 
@@ -173,33 +191,52 @@ def merge_without(
         hub: Where it and its parents are.
         ref: The merge.
         leave_out: References to its parents.
-        weights: One for each that is left; by default the recorded ones, or the method's own if those were.
+        weights: Those of the ones that are left, as in `merge`; by default the recorded ones, or the method's own if
+            those were.
 
     Raises:
         AdapterNotFoundError: If it, or a parent, is not in the hub.
-        MergeError: If it is no merge, one left out is no parent of it, or none are left.
+        MergeError: If it is no merge, one left out is no parent of it, none are left, or weights or
+            method were found with all of them.
     """
     record = hub.record(ref)
     entry = entry_of(record.spec, str(record.ref))
     gone = {_place(hub, entry, one, str(record.ref)) for one in leave_out}
+    if weights is None and _TUNED & set(entry.notes):
+        raise MergeError(
+            f"{record.ref}: its {'method was' if 'auto' in entry.notes else 'weights were'} found with all parents in "
+            "it; merge the others anew, or give --weights"
+        )
     left = [number for number in range(len(entry.parents)) if number not in gone]
     if not left:
         raise MergeError(f"{record.ref}: no parent is left without {', '.join(leave_out)}; leave one in")
-    kept = tuple(entry.weights[number] for number in left) if entry.weights is not None else None
-    return remake(
+    parents = tuple(entry.parents[number] for number in left)
+    return _merged(
         hub,
         Entry(
             entry.method,
-            kept if weights is None else tuple(weights),
+            _weights_left(hub, entry, left),
             _renumbered(entry.parameters, left),
-            tuple(entry.parents[number] for number in left),
+            parents,
             {
                 key: note
                 for key, note in entry.notes.items()
                 if key in _OF_INPUTS and entry.parameters.reads != "nothing"
             },
         ),
+        weights,
     )
+
+
+def _weights_left(hub: Hub, entry: Entry, left: Sequence[int]) -> dict[str, tuple[float, ...]]:
+    """The weights of some parents, without patterns that fit no module of theirs."""
+    specs = [hub.record(_name_of(entry.parents[number])).spec for number in left]
+    paths = {path for spec in specs for path in spec.config.targets}
+    return {
+        pattern: tuple(values[number] for number in left)
+        for pattern, values in entry.weights.items()
+        if pattern == EVERYWHERE or any(fits(pattern, path) for path in paths)
+    }
 
 
 def _place(hub: Hub, entry: Entry, ref: str, name: str) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from graftory.compose.merge.base import Body, MergeMethod, MergeParameters, check_rank
 from graftory.compose.merge.bottleneck import concatenate
 from graftory.compose.merge.delta import Delta, total
-from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites, taking_part
+from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites, summed, taking_part
 from graftory.compose.merge.spectrum import cut
 from graftory.config import option
 from graftory.errors import MergeError
@@ -25,9 +25,9 @@ class LinearParameters(MergeParameters):
 
 
 def linear(bodies: Sequence[Body], weights: Sequence[float], parameters: LinearParameters) -> Body:
-    """Δ = Σ w_t Δ_t on the updates, never on the factors: ΔW for LoRA, the adapter's output for bottlenecks.
+    """Δ = Σ w_t Δ_t on the updates, never on the factors: ΔW and Δb, or the adapter's output for bottlenecks.
 
-    Ranks, alphas, rsLoRA and targets may differ. Adapters of weight 0 take no part.
+    Methods, ranks, alphas, rsLoRA and targets may differ. Adapters of weight 0 take no part.
 
     Raises:
         MergeError: If all weights are 0, shapes disagree, or a rank is asked of bottleneck adapters.
@@ -43,7 +43,7 @@ def linear(bodies: Sequence[Body], weights: Sequence[float], parameters: LinearP
     def merged(site: Site) -> Delta:
         return cut(total(site.deltas, site.weights), parameters.rank)
 
-    return merge_sites(bodies, weights, merged)
+    return merge_sites(bodies, weights, merged, vectors=summed(), factored=False)
 
 
 LINEAR = MergeMethod(
@@ -51,7 +51,7 @@ LINEAR = MergeMethod(
     title="Linear (task arithmetic in delta space)",
     paper="https://arxiv.org/abs/2212.04089",
     space="delta",
-    accepts=("lora", "bottleneck"),
+    accepts=(*LINEAR_METHODS, "bottleneck"),
     params=LinearParameters,
     default_weight=lambda n: 1.0 / n,
     fn=linear,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graftory.compose.merge.base import Body, MergeMethod
 from graftory.compose.merge.delta import Delta
-from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites
+from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites, summed
 from graftory.compose.merge.spectrum import CoreParameters, core_of, merge_in, weighted_cores
 from graftory.compose.merge.tsv import orthogonal_sum
 from graftory.config import option
@@ -49,7 +49,7 @@ def pico(bodies: Sequence[Body], weights: Sequence[float], parameters: PicoParam
 
         return merge_in(core, site.weights, parameters.rank, small)
 
-    return merge_sites(bodies, weights, merged)
+    return merge_sites(bodies, weights, merged, vectors=summed(parameters.scaling))
 
 
 PICO = MergeMethod(

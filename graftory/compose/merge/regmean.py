@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graftory.compose.merge.base import Body, MergeMethod, Reads
+from graftory.compose.merge.base import Body, MergeMethod, Reads, check_not_negative
 from graftory.compose.merge.delta import Delta
-from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites
+from graftory.compose.merge.sites import LINEAR_METHODS, Site, averaged, merge_sites
 from graftory.compose.merge.spectrum import CoreParameters, cut
 from graftory.config import option
 from graftory.errors import MergeError
@@ -46,8 +46,7 @@ def regmean(bodies: Sequence[Body], weights: Sequence[float], parameters: Regmea
     Raises:
         MergeError: If a weight is below 0, inputs are missing, all weights are 0 or shapes disagree.
     """
-    if min(weights) < 0:
-        raise MergeError(f"regmean: got the weights {list(weights)}, wanted none below 0, as they weigh squared errors")
+    check_not_negative("regmean", bodies, weights, "they weigh squared errors")
 
     def merged(site: Site) -> Delta:
         products, whole = [], torch.zeros((), dtype=torch.float64)
@@ -60,7 +59,7 @@ def regmean(bodies: Sequence[Body], weights: Sequence[float], parameters: Regmea
         left = torch.cat([delta.left for delta in site.deltas], dim=1).double()
         return cut(Delta(left, right), parameters.rank).scaled(parameters.scaling)
 
-    return merge_sites(bodies, weights, merged)
+    return merge_sites(bodies, weights, merged, vectors=averaged(parameters.scaling))
 
 
 def _gram(body: Body, path: str, shrink: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graftory.compose.merge.base import MergeParameters, check_rank, check_scaling
 from graftory.compose.merge.delta import Delta
+from graftory.compose.merge.dense import low_rank
 from graftory.compose.merge.sites import Site
 from graftory.config import option
 
@@ -60,12 +61,12 @@ def cut(delta: Delta, rank: int | None) -> Delta:
     """The best approximation of an update that has this rank, as balanced factors.
 
     Args:
-        delta: The update.
+        delta: The update, without Δb. One that scales the base's weight is made as a matrix.
         rank: r; with None, or where the factors are no wider, the update stays as it is.
     """
-    if rank is None or delta.rank <= rank:
+    if rank is None or (delta.rank <= rank and delta.scaling is None):
         return delta
-    return spectrum(delta).first(rank).delta()
+    return spectrum(delta).first(rank).delta() if delta.scaling is None else low_rank(delta.dense(), rank)
 
 
 def polar(matrix: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from graftory.compose.merge.base import Body, MergeMethod, MergeParameters, check_rank, check_scaling
 from graftory.compose.merge.delta import Delta, total
-from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites
+from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites, summed
 from graftory.compose.merge.spectrum import spectrum
 from graftory.config import option
 
@@ -29,17 +29,19 @@ def svd(bodies: Sequence[Body], weights: Sequence[float], parameters: SvdParamet
 
     Eckart and Young 1936, doi:10.1007/BF02288367. The triplets come from the factors: with B = [w_1 B_1, w_2 B_2, …] =
     Q_b R_b and the stacked A ᵀ = Q_a R_a they are those of the small R_b R_aᵀ, turned by Q_b and Q_a. Cost
-    O(d (Σ R_t)²) where an SVD of ΔW takes O(d³); the result is the same.
+    O(d (Σ R_t)²) where an SVD of ΔW takes O(d³); the result is the same. What scales the base's weight (DoRA, (IA)³)
+    has no factors narrower than the module, so ΔW is made there, and without a rank nothing is cut.
 
     Raises:
         MergeError: If all weights are 0 or shapes disagree.
     """
 
     def merged(site: Site) -> Delta:
-        rank = parameters.rank or max(delta.rank for delta in site.deltas)
-        return spectrum(total(site.deltas, site.weights)).first(rank).delta().scaled(parameters.scaling)
+        whole = total(site.deltas, site.weights)
+        own = max(delta.rank for delta in site.deltas) if whole.scaling is None else None
+        return spectrum(whole.factored()).first(parameters.rank or own).delta().scaled(parameters.scaling)
 
-    return merge_sites(bodies, weights, merged)
+    return merge_sites(bodies, weights, merged, vectors=summed(parameters.scaling), factored=False)
 
 
 SVD = MergeMethod(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graftory.compose.merge.base import Body, MergeMethod
-from graftory.compose.merge.sites import LINEAR_METHODS, merge_sites
+from graftory.compose.merge.sites import LINEAR_METHODS, averaged, merge_sites
 from graftory.compose.merge.spectrum import CoreParameters, merge_in_core, polar, spectrum_of
 
 
@@ -33,7 +33,9 @@ def tsv(bodies: Sequence[Body], weights: Sequence[float], parameters: TsvParamet
     def merged(cores: Tensor, factors: Sequence[float]) -> Tensor:
         return parameters.scaling * orthogonal_sum(cores, factors)
 
-    return merge_sites(bodies, weights, lambda site: merge_in_core(site, parameters.rank, merged))
+    return merge_sites(
+        bodies, weights, lambda site: merge_in_core(site, parameters.rank, merged), vectors=averaged(parameters.scaling)
+    )
 
 
 def orthogonal_sum(cores: Tensor, weights: Sequence[float]) -> Tensor:

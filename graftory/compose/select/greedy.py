@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graftory.adapter import Adapter
 from graftory.compose.merge import merge
+from graftory.compose.merge.base import MergeParameters
 from graftory.compose.merge.mera import MeraParameters
 from graftory.compose.select.base import Choice, Selection
 from graftory.errors import MergeError
@@ -36,7 +37,14 @@ def best_anchor(
     return tried[scores.index(max(scores))], scores
 
 
-def greedy_soup(adapters: Mapping[str, Adapter], score: Score, *, method: str = "soup", most: int = 5) -> Selection:
+def greedy_soup(
+    adapters: Mapping[str, Adapter],
+    score: Score,
+    *,
+    method: str = "soup",
+    parameters: MergeParameters | None = None,
+    most: int = 5,
+) -> Selection:
     """Add adapters in the order of their own scores, and keep each that does not make the merge worse.
 
     The recipe of Wortsman et al. 2022 (arXiv:2203.05482): the best first; each next one stays if the merge
@@ -46,6 +54,7 @@ def greedy_soup(adapters: Mapping[str, Adapter], score: Score, *, method: str = 
         adapters: By name.
         score: Measures an adapter. It is called for each alone, and for each merge that is tried.
         method: The merge method, with equal weights.
+        parameters: Of that method.
         most: At most so many.
 
     Raises:
@@ -61,7 +70,7 @@ def greedy_soup(adapters: Mapping[str, Adapter], score: Score, *, method: str = 
         if len(taken) == most:
             reasons[name] = f"{alone[name]:.4f} alone; there are {most} already"
             continue
-        tried = score(merge([adapters[one] for one in (*taken, name)], method))
+        tried = score(merge([adapters[one] for one in (*taken, name)], method, parameters=parameters))
         better = tried >= best
         reasons[name] = f"{alone[name]:.4f} alone; with it {tried:.4f}, without {best:.4f}"
         if better:

@@ -22,14 +22,17 @@ from graftory.continual.strategies.base import (
 )
 from graftory.continual.strategies.ewc import Ewc
 from graftory.continual.strategies.frozen import Frozen
+from graftory.continual.strategies.gated import Gated
 from graftory.continual.strategies.inflora import InfLora
 from graftory.continual.strategies.isolated import Isolated
 from graftory.continual.strategies.joint import Joint
 from graftory.continual.strategies.lwf import Lwf
 from graftory.continual.strategies.migu import Migu
 from graftory.continual.strategies.olora import OLora
+from graftory.continual.strategies.opcm import Opcm
 from graftory.continual.strategies.plugin import Plugin
 from graftory.continual.strategies.progressive import ProgressivePrompts
+from graftory.continual.strategies.ranpac import RanPac
 from graftory.continual.strategies.replay import ReplayRows
 from graftory.continual.strategies.sdlora import SdLora
 from graftory.continual.strategies.seq import Sequential
@@ -45,7 +48,10 @@ STRATEGIES: Mapping[str, type[Strategy]] = {
     "inflora": InfLora,
     "sd-lora": SdLora,
     "slao": Slao,
+    "opcm": Opcm,
+    "gated": Gated,
     "progressive-prompts": ProgressivePrompts,
+    "ranpac": RanPac,
     "frozen": Frozen,
     "single": Single,
     "joint": Joint,

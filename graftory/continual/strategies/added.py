@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
 
 from graftory.adapter import Adapter
-from graftory.adapters import AdaptedModel, new_adapter
+from graftory.adapters import AdaptedModel
 from graftory.continual.stack import stacked
 from graftory.continual.strategies.base import (
     Answer,
@@ -16,8 +15,8 @@ from graftory.continual.strategies.base import (
     Plan,
     Strategy,
     after_newest,
+    fresh_directions,
     newest_answers,
-    start_from,
 )
 from graftory.training import Hooks
 from graftory.training.company import Company, Learnt
@@ -39,13 +38,7 @@ class Added(Strategy):
         context, newest = lesson.context, lesson.context.newest()
         company = Company() if newest is None else Company({SUM: newest})
         hooks = Hooks() if newest is None else Hooks(route=both)
-        return Plan(self.fresh(lesson), after_newest(context), context.run, hooks, company)
-
-    def fresh(self, lesson: Lesson) -> Adapter:
-        """What adapter t starts from; each task's is drawn anew, so that no two have the same directions."""
-        spec = lesson.context.untrained[lesson.name].spec
-        config = replace(spec.config, init_seed=lesson.seed_of("init"))
-        return start_from(lesson.context, lesson.name, new_adapter(lesson.loaded.model, config, base=spec.base))
+        return Plan(fresh_directions(lesson), after_newest(context), context.run, hooks, company)
 
     def finish(self, lesson: Lesson, learnt: Learnt) -> Finished:
         """Add the adapter to the sum."""

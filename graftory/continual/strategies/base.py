@@ -14,10 +14,13 @@ from typing import Literal
 from torch import Tensor
 
 from graftory.adapter import Adapter, Parent
+from graftory.adapters import new_adapter
+from graftory.continual.readout import Readout
 from graftory.data import Rows, TaskFile
 from graftory.schema import Json
 from graftory.training import NO_HOOKS, Hooks, LoadedBase
 from graftory.training.company import ALONE, Company, Learnt
+from graftory.training.mixture import Mixture
 
 Scenario = Literal["task", "domain", "class"]
 """What is known of a row at test. `task`: which task it is of. `domain`: not that, but all tasks have the same labels.
@@ -33,6 +36,10 @@ class Needs:
     """Whether it keeps, or reads again, rows of earlier tasks."""
     methods: tuple[str, ...] = ("lora", "bottleneck")
     """Adapter methods that it works on."""
+    reads: bool = True
+    """Whether its adapters say how plain text is read, as the probe has it read; weights by prompt do not."""
+    heads: str = ""
+    """What it does with the heads of tasks, if it makes no sense without: language models have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +151,8 @@ class Plan:
     """Name in the hub."""
     hooks: Hooks = NO_HOOKS
     company: Company = ALONE
+    trains: bool = True
+    """If not, what is started from is what is learnt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +171,14 @@ class Answer:
     """None is the bare base."""
     head: Adapter | None
     """The adapter whose head is used; None where the task has no head."""
+    mixture: Mixture | None = None
+    """Adapters in place of one body, mixed row by row."""
+    readout: Readout | None = None
+    """In place of a head of the model."""
+
+    def bodies(self) -> tuple[Adapter, ...]:
+        """All adapters that take part, but for the head."""
+        return (*(() if self.body is None else (self.body,)), *(self.mixture.adapters if self.mixture else ()))
 
 
 class Strategy(ABC):
@@ -221,6 +238,13 @@ def start_from(context: Context, task: str, body: Adapter | None) -> Adapter:
     head = newest.head_tensors() if context.scenario == "domain" and newest is not None else fresh.head_tensors()
     body = fresh if body is None else body
     return Adapter(replace(fresh.spec, config=body.spec.config), {**body.body_tensors(), **head})
+
+
+def fresh_directions(lesson: Lesson) -> Adapter:
+    """A fresh body drawn anew for the task, so that no two have the same directions, with the head it begins with."""
+    spec = lesson.context.untrained[lesson.name].spec
+    config = replace(spec.config, init_seed=lesson.seed_of("init"))
+    return start_from(lesson.context, lesson.name, new_adapter(lesson.loaded.model, config, base=spec.base))
 
 
 def after_newest(context: Context) -> tuple[Parent, ...]:

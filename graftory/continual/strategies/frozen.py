@@ -17,7 +17,7 @@ class Frozen(Single):
 
     title: ClassVar[str] = "bound: the base stays as it is, a head for each task"
     stores: ClassVar[str] = "head"
-    needs: ClassVar[Needs] = Needs(("task",))
+    needs: ClassVar[Needs] = Needs(("task",), heads="trains nothing but heads")
 
     def prepare(self, lesson: Lesson) -> Plan:
         """Start from the fresh adapter, whose body does not learn.

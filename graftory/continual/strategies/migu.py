@@ -15,7 +15,7 @@ from graftory.continual.checks import share
 from graftory.continual.passes import learning
 from graftory.continual.strategies.base import Kept, Lesson, Needs
 from graftory.continual.strategies.plugin import Plugin
-from graftory.training import Hooks, StepContext
+from graftory.training import Hooks, StepContext, processes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +61,8 @@ class _Loudness:
     def without_padding(self, step: StepContext) -> Mapping[str, Tensor]:
         """Keep what is no padding; with gradient accumulation a step has several forwards. Adds nothing to the loss."""
         mask = step.batch["attention_mask"].bool()
+        if step.counted is not None:
+            mask = mask & step.counted.bool()[:, None]
         for path, x in self.inputs.items():
             self.tokens.setdefault(path, []).append(x[mask] if mask.shape == x.shape[:2] else x.flatten(0, -2))
         self.inputs.clear()
@@ -92,7 +94,7 @@ def loudest(outputs: Tensor, share: float) -> Tensor:
         [units], of the outputs' dtype.
     """
     size = outputs.abs()
-    loudness = (size / size.sum(1, keepdim=True).clamp(min=1e-12)).mean(0)
+    loudness = processes.mean_rows(size / size.sum(1, keepdim=True).clamp(min=1e-12))
     count = max(1, round(share * len(loudness)))
     chosen = loudness.argsort(descending=True, stable=True)[:count]
     return torch.zeros_like(loudness).index_fill_(0, chosen, 1.0)

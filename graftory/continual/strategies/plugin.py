@@ -25,6 +25,11 @@ class Plugin(ABC):
     stores: ClassVar[str]
     needs: ClassVar[Needs]
 
+    @property
+    def heads(self) -> str:
+        """See `Needs.heads`; may depend on the parameters."""
+        return self.needs.heads
+
     def company(self, lesson: Lesson, kept: Kept) -> Company:
         """What is attached beside the adapter."""
         del lesson, kept

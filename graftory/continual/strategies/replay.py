@@ -46,6 +46,11 @@ class ReplayRows(Plugin):
         at_least(1, capacity=self.capacity, batch=self.batch)
         at_least(0, beta=self.beta, alpha=self.alpha)
 
+    @property
+    def heads(self) -> str:
+        """See `Plugin`."""
+        return "keeps the logits of heads (alpha > 0)" if self.alpha else ""
+
     def company(self, lesson: Lesson, kept: Kept) -> Company:
         """The heads of the earlier tasks, which learn."""
         del kept

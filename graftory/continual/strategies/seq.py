@@ -50,7 +50,8 @@ class Sequential(Strategy):
         parts = [Needs(("task", "domain")), *(plugin.needs for plugin in self.plugins)]
         scenarios = tuple(name for name in parts[0].scenarios if all(name in part.scenarios for part in parts))
         methods = tuple(name for name in parts[0].methods if all(name in part.methods for part in parts))
-        return Needs(scenarios, any(part.stored_data for part in parts), methods)
+        heads = next((plugin.heads for plugin in self.plugins if plugin.heads), "")
+        return Needs(scenarios, any(part.stored_data for part in parts), methods, heads=heads)
 
     def prepare(self, lesson: Lesson) -> Plan:
         """Start from the newest body, with the task's fresh head."""

@@ -12,21 +12,29 @@ from typing import TYPE_CHECKING, Protocol
 from graftory.adapter import Adapter, AdapterSpec
 from graftory.config import (
     AdapterConfig,
+    AptConfig,
     BitfitConfig,
     BottleneckConfig,
+    CompacterConfig,
     DoraConfig,
     FusionConfig,
     HyperformerConfig,
     Ia3Config,
+    KronaConfig,
+    LoraBiasConfig,
     LoraConfig,
     NormedBottleneckConfig,
     PrefixConfig,
     PromptConfig,
     SmopConfig,
+    UnipeltConfig,
+    UpdateConfig,
 )
+from graftory.config_peft import PEFT_CONFIGS
 from graftory.errors import CorruptAdapterError, DataError, UnsupportedAdapterError
 from graftory.hub.codecs.composed import ComposedCodec
 from graftory.hub.codecs.native import NativeCodec
+from graftory.hub.codecs.packed import PackedCodec
 from graftory.hub.codecs.peft import PeftCodec
 from graftory.hub.records import TensorEntry
 from graftory.hub.safetensors_header import Bytes
@@ -70,31 +78,38 @@ class Codec(Protocol):
         """The tensors of checked files, under their names in `Adapter.tensors`."""
 
 
-_PEFT, _NATIVE, _COMPOSED = PeftCodec(), NativeCodec(), ComposedCodec()
+_PACKED, _PEFT, _NATIVE, _COMPOSED = PackedCodec(), PeftCodec(), NativeCodec(), ComposedCodec()
 
 CODECS: Mapping[type[AdapterConfig], Codec] = {
     LoraConfig: _PEFT,
+    LoraBiasConfig: _PEFT,
     DoraConfig: _PEFT,
     Ia3Config: _PEFT,
     BitfitConfig: _NATIVE,
+    UpdateConfig: _NATIVE,
     PrefixConfig: _NATIVE,
+    AptConfig: _NATIVE,
     BottleneckConfig: _NATIVE,
+    CompacterConfig: _NATIVE,
+    KronaConfig: _NATIVE,
+    UnipeltConfig: _NATIVE,
     NormedBottleneckConfig: _NATIVE,
     FusionConfig: _COMPOSED,
     HyperformerConfig: _COMPOSED,
     SmopConfig: _COMPOSED,
     PromptConfig: _COMPOSED,
+    **dict.fromkeys(PEFT_CONFIGS, _PEFT),
 }
 """The codec of every method."""
 
 
 def codec_of(spec: AdapterSpec) -> Codec:
-    """The codec that stores a specification's method.
+    """The codec that stores a specification's method in its storage.
 
     Raises:
         UnsupportedAdapterError: If no codec does.
     """
-    codec = CODECS.get(type(spec.config))
+    codec = CODECS.get(type(spec.config)) if spec.storage == "full" else _PACKED
     if codec is None:
         raise UnsupportedAdapterError(f"method {spec.method!r} has no file format; store it as another method")
     return codec
@@ -106,7 +121,7 @@ def codec_of_files(files: Mapping[str, object]) -> Codec:
     Raises:
         UnsupportedAdapterError: If none has files of these names.
     """
-    for codec in CODECS.values():
+    for codec in (*CODECS.values(), _PACKED):
         if set(codec.file_names) == set(files):
             return codec
     raise UnsupportedAdapterError(f"the files {sorted(files)} are no adapter; wanted those that PEFT or graftory saves")
@@ -126,7 +141,7 @@ def codec_of_folder(folder: Path) -> Codec:
         found = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror}); give a folder that you may read") from None
-    for codec in CODECS.values():
+    for codec in (*CODECS.values(), _PACKED):
         if codec.file_names[0] in found:
             _check_complete(folder, codec, found)
             return codec

@@ -6,7 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from graftory.adapter import Adapter, AdapterSpec
-from graftory.config import AdapterConfig, BitfitConfig, BottleneckConfig, PrefixConfig
+from graftory.config import (
+    AdapterConfig,
+    AptConfig,
+    BitfitConfig,
+    BottleneckConfig,
+    CompacterConfig,
+    KronaConfig,
+    PrefixConfig,
+    UnipeltConfig,
+    UpdateConfig,
+)
 from graftory.errors import CorruptAdapterError
 from graftory.hub.codecs import tensors as shared
 from graftory.hub.records import TensorEntry
@@ -19,7 +29,7 @@ WEIGHTS = "adapter.safetensors"
 
 
 class NativeCodec:
-    """Bottleneck adapters, bias deltas and prefixes. Keys are those of `Adapter.tensors`."""
+    """Every method that is a few tensors at each of its sites. Keys are those of `Adapter.tensors`."""
 
     file_names: tuple[str, ...] = (WEIGHTS,)
 
@@ -40,7 +50,8 @@ class NativeCodec:
         check_site = next((check for kind, check in _SITES.items() if isinstance(config, kind)), None)
         if check_site is None:
             raise CorruptAdapterError(
-                f"{WEIGHTS}: the specification is of method {spec.method!r}; wanted bottleneck, bitfit or prefix"
+                f"{WEIGHTS}: the specification is of method {spec.method!r}; wanted one of "
+                + ", ".join(kind.method for kind in _SITES)
             )
         body = [key for key in stored if not shared.is_head(key, spec)]
         parts = config.parts
@@ -79,18 +90,82 @@ def _check_bitfit(site: str, stored: Mapping[str, StoredTensor], config: Any) ->
         raise CorruptAdapterError(f"{WEIGHTS}: {site}.{config.parts[0]} is {shape}, wanted (d,); save it again")
 
 
+def _check_update(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
+    assert isinstance(config, UpdateConfig)
+    bias = stored.get(f"{site}.{config.parts[4]}")
+    down = stored.get(f"{site}.{config.parts[0]}")
+    d_out = bias.shape[0] if bias is not None and bias.shape else 0
+    d_in = down.shape[-1] if down is not None and down.shape else 0
+    rank = config.rank_of(site)
+    product = [(rank, d_in), (d_out, rank), (d_out,), (d_in,)]
+    _check_shapes(site, stored, config, [*([None] * 4 if site in config.bias_only else product), (d_out,)])
+
+
 def _check_prefix(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
     assert isinstance(config, PrefixConfig)
     shapes = [stored[f"{site}.{part}"].shape if f"{site}.{part}" in stored else None for part in config.parts]
     width = shapes[0][-1] if shapes[0] else 0
-    wanted = [(config.length, width)] * 2
+    wanted: list[tuple[int, ...]] = [(config.length, width)] * 2
+    if isinstance(config, AptConfig):
+        wanted += [(config.length, _width(site, stored, config.parts[2], at=1)), (1,)]
+    if shapes != wanted:
+        raise CorruptAdapterError(f"{WEIGHTS}: site {site!r} has the shapes {shapes}, wanted {wanted}; save it again")
+
+
+def _check_compacter(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
+    assert isinstance(config, CompacterConfig)
+    n, k, size = config.division, config.factor_rank, config.size_of(site)
+    bias = stored.get(f"{site}.{config.parts[5]}")
+    width = bias.shape[0] if bias is not None and bias.shape else 0
+    sides = [(n, size // n, k), (n, k, width // n), (size,), (n, width // n, k), (n, k, size // n), (width,)]
+    shared = [(n, n, n)] if site == config.targets[0] else [None]
+    _check_shapes(site, stored, config, [*sides, *shared])
+    if width % n:
+        raise CorruptAdapterError(f"{WEIGHTS}: site {site!r} is {width} wide, no multiple of {n}; save it again")
+
+
+def _check_krona(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
+    assert isinstance(config, KronaConfig)
+    shapes = [stored[f"{site}.{part}"].shape if f"{site}.{part}" in stored else () for part in config.parts]
+    (p, f), (_, q) = (shape if len(shape) == 2 else (0, 0) for shape in shapes)
+    _check_shapes(site, stored, config, [(p, f), (f, q)])
+    if f > config.factor:
+        raise CorruptAdapterError(f"{WEIGHTS}: site {site!r} has {f} columns, factor is {config.factor}; save both")
+
+
+def _check_unipelt(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
+    assert isinstance(config, UnipeltConfig)
+    a, b, keys, values, down, down_bias, up, up_bias, gate, bias = config.parts
+    wide, own = _width(site, stored, gate), _width(site, stored, up_bias)
+    out = _width(site, stored, b)
+    key = _width(site, stored, keys, at=1)
+    shapes: dict[str, Any] = {a: (config.rank, wide), b: (out, config.rank)}
+    if site in config.attentions:
+        shapes = dict.fromkeys((keys, values), (config.length, key))
+    elif site in config.ends:
+        shapes = {down: (config.size, own), down_bias: (config.size,), up: (own, config.size), up_bias: (own,)}
+    _check_shapes(site, stored, config, [{**shapes, gate: (wide,), bias: (1,)}.get(part) for part in config.parts])
+
+
+def _width(site: str, stored: Mapping[str, StoredTensor], part: str, *, at: int = 0) -> int:
+    shape = stored[f"{site}.{part}"].shape if f"{site}.{part}" in stored else ()
+    return shape[at] if len(shape) > at else 0
+
+
+def _check_shapes(site: str, stored: Mapping[str, StoredTensor], config: AdapterConfig, wanted: list[Any]) -> None:
+    names = [f"{site}.{part}" for part in config.parts]
+    shapes = [stored[name].shape if name in stored else None for name in names]
     if shapes != wanted:
         raise CorruptAdapterError(f"{WEIGHTS}: site {site!r} has the shapes {shapes}, wanted {wanted}; save it again")
 
 
 _SITES: Mapping[type[AdapterConfig], Callable[[str, Mapping[str, StoredTensor], Any], None]] = {
+    CompacterConfig: _check_compacter,
     BottleneckConfig: _check_bottleneck,
+    KronaConfig: _check_krona,
+    UnipeltConfig: _check_unipelt,
     BitfitConfig: _check_bitfit,
+    UpdateConfig: _check_update,
     PrefixConfig: _check_prefix,
 }
 """How the tensors of one site are checked, by method."""

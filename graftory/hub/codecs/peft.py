@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from graftory.adapter import Adapter, AdapterSpec, BaseModel, Lineage
-from graftory.config import AdapterConfig, DoraConfig, Ia3Config, LoraConfig
+from graftory.config import AdapterConfig, DoraConfig, Ia3Config, LoraBiasConfig, LoraConfig
 from graftory.errors import CorruptAdapterError, UnsupportedAdapterError
 from graftory.hub import strict_json
 from graftory.hub.codecs import tensors as shared
 from graftory.hub.codecs.peft_common import PeftFile
 from graftory.hub.codecs.peft_ia3 import IA3
 from graftory.hub.codecs.peft_kind import CONFIG, PREFIX, WEIGHTS, PeftKind
+from graftory.hub.codecs.peft_layers import LAYERS
 from graftory.hub.codecs.peft_lora import LORA
 from graftory.hub.codecs.peft_task import imported_task
 from graftory.hub.records import TensorEntry
@@ -27,12 +28,20 @@ from graftory.schema import Json
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CONFIG", "KINDS", "PREFIX", "WEIGHTS", "WRITES", "PeftCodec", "outlined_spec"]
+__all__ = ["CONFIG", "KINDS", "PREFIX", "WEIGHTS", "WRITES", "PeftCodec", "outlined_spec", "own_name"]
 
-KINDS: Mapping[str, PeftKind] = {kind.peft_type: kind for kind in (LORA, IA3)}
+KINDS: Mapping[str, PeftKind] = {kind.peft_type: kind for kind in (LORA, IA3, *LAYERS.values())}
 """PEFT's methods that are read and written, by `peft_type`."""
-WRITES: Mapping[type[AdapterConfig], PeftKind] = {LoraConfig: LORA, DoraConfig: LORA, Ia3Config: IA3}
+WRITES: Mapping[type[AdapterConfig], PeftKind] = {
+    LoraConfig: LORA,
+    LoraBiasConfig: LORA,
+    DoraConfig: LORA,
+    Ia3Config: IA3,
+    **LAYERS,
+}
 """What a method is in PEFT's files."""
+_ABOVE = "base_model."
+"""Prefix of tensors that are no module's."""
 
 
 class PeftCodec:
@@ -42,9 +51,9 @@ class PeftCodec:
 
     def encode(self, adapter: Adapter) -> dict[str, bytes]:
         """See `Codec`."""
-        config = WRITES[type(adapter.spec.config)].write(adapter.spec)
-        weights = shared.dump({PREFIX + key: value for key, value in adapter.tensors.items()})
-        return {CONFIG: config, WEIGHTS: weights}
+        kind = WRITES[type(adapter.spec.config)]
+        weights = shared.dump({_stored_name(key, kind): value for key, value in adapter.tensors.items()})
+        return {CONFIG: kind.write(adapter.spec), WEIGHTS: weights}
 
     def imported_spec(self, files: Mapping[str, Bytes], name: str) -> AdapterSpec:
         """See `Codec`."""
@@ -76,7 +85,7 @@ class PeftCodec:
 
     def decode(self, files: Mapping[str, Bytes]) -> dict[str, Tensor]:
         """See `Codec`."""
-        return {key.removeprefix(PREFIX): value for key, value in shared.load(files[WEIGHTS]).items()}
+        return {own_name(key): value for key, value in shared.load(files[WEIGHTS]).items()}
 
 
 def outlined_spec(
@@ -89,14 +98,15 @@ def outlined_spec(
         CorruptAdapterError: If a file breaks its format.
         UnsupportedAdapterError: If it uses something graftory does not do.
     """
-    named = _without_prefix(stored)
-    spec = _spec(*_read_config(config), named, name)
+    kind, file = _read_config(config)
+    named = _without_prefix(stored, kind)
+    spec = _spec(kind, file, named, name)
     return spec, tuple(TensorEntry(key, named[key].shape, named[key].dtype, "") for key in sorted(named))
 
 
 def _read(files: Mapping[str, Bytes]) -> tuple[PeftKind, PeftFile, dict[str, StoredTensor]]:
     kind, file = _read_config(bytes(files[CONFIG]))
-    return kind, file, _without_prefix(shared.read_floats(files[WEIGHTS], WEIGHTS))
+    return kind, file, _without_prefix(shared.read_floats(files[WEIGHTS], WEIGHTS, empty=kind.may_be_empty), kind)
 
 
 def _read_config(config: bytes) -> tuple[PeftKind, PeftFile]:
@@ -110,14 +120,23 @@ def _read_config(config: bytes) -> tuple[PeftKind, PeftFile]:
     return kind, kind.read(data, CONFIG)
 
 
-def _without_prefix(tensors: Iterable[StoredTensor]) -> dict[str, StoredTensor]:
+def _stored_name(key: str, kind: PeftKind) -> str:
+    return f"{_ABOVE}{key}" if key in kind.shared else f"{PREFIX}{key}"
+
+
+def own_name(key: str) -> str:
+    """A tensor's name in `Adapter.tensors`, by its name in PEFT's file."""
+    return key.removeprefix(PREFIX if key.startswith(PREFIX) else _ABOVE)
+
+
+def _without_prefix(tensors: Iterable[StoredTensor], kind: PeftKind) -> dict[str, StoredTensor]:
     stored = {}
     for tensor in tensors:
-        if not tensor.name.startswith(PREFIX):
+        if not tensor.name.startswith(PREFIX) and tensor.name not in {f"{_ABOVE}{name}" for name in kind.shared}:
             raise UnsupportedAdapterError(
                 f"{WEIGHTS}: tensor {tensor.name!r} lacks PEFT's prefix {PREFIX!r}; save with PEFT"
             )
-        stored[tensor.name.removeprefix(PREFIX)] = tensor
+        stored[own_name(tensor.name)] = tensor
     return stored
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from graftory.adapter import AdapterSpec
-from graftory.config import DoraConfig, LoraConfig
+from graftory.config import Biases, DoraConfig, LoraBiasConfig, LoraConfig
 from graftory.errors import CorruptAdapterError, UnsupportedAdapterError
 from graftory.hub.codecs.peft_common import (
     Accepted,
@@ -32,9 +32,18 @@ _INERT = {
     "qalora_group_size",
 }
 """Keys that change no number here."""
-_READ = {"r", "lora_alpha", "use_rslora", "use_dora", "lora_dropout", "rank_pattern", "alpha_pattern"}
+_READ = {
+    "bias",
+    "lora_bias",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "lora_dropout",
+    "rank_pattern",
+    "alpha_pattern",
+}
 _ACCEPTED: Accepted = {
-    "bias": lambda value: value in (None, "none"),
     "init_lora_weights": lambda value: value in (None, True, False, "gaussian", "eva", "orthogonal"),
 }
 """A `init_lora_weights` that changes the base (pissa, olora, corda, loftq, lora_ga) is none of them."""
@@ -51,15 +60,17 @@ class PeftLora(PeftFile):
     dropout: float
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    bias: Biases
+    lora_bias: bool
 
     def rank_of(self, path: str) -> int:
         """The rank that PEFT gives a module."""
-        key = _matching(self.rank_pattern, path)
+        key = matching_key(self.rank_pattern, path)
         return self.rank if key is None else self.rank_pattern[key]
 
     def alpha_of(self, path: str) -> float:
         """The alpha that PEFT gives a module."""
-        key = _matching(self.alpha_pattern, path)
+        key = matching_key(self.alpha_pattern, path)
         return self.alpha if key is None else self.alpha_pattern[key]
 
     def scale_of(self, path: str) -> float:
@@ -68,7 +79,7 @@ class PeftLora(PeftFile):
         return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
 
 
-def _matching(patterns: Mapping[str, object], path: str) -> str | None:
+def matching_key(patterns: Mapping[str, object], path: str) -> str | None:
     """The first key that PEFT finds for a module: `(.*\\.)?(key)$`. Keys are literal paths, checked when read,
     in which a dot stands for any character; so nothing needs to be compiled."""
     ends = (path[at:] for at in range(len(path)) if at == 0 or path[at - 1] == ".")
@@ -104,6 +115,8 @@ def read_config(data: Json, where: str) -> PeftLora:
         dropout=float(read.number("lora_dropout", 0.0, _is_rate)),
         rank_pattern=read.pattern("rank_pattern", _is_rank),
         alpha_pattern=read.pattern("alpha_pattern", is_finite),
+        bias=read.number("bias", "none", _is_bias) or "none",
+        lora_bias=read.number("lora_bias", False, _is_switch) or False,
     )
 
 
@@ -113,6 +126,10 @@ def _is_rank(value: Json) -> bool:
 
 def _is_rate(value: Json) -> bool:
     return is_finite(value) and 0 <= value < 1
+
+
+def _is_bias(value: Json) -> bool:
+    return value in (None, "none", "lora_only", "all")
 
 
 def _is_switch(value: Json) -> bool:
@@ -126,10 +143,12 @@ def write_config(spec: AdapterSpec) -> bytes:
         UnsupportedAdapterError: If the specification is neither LoRA nor DoRA.
     """
     lora = spec.config
-    if not isinstance(lora, LoraConfig | DoraConfig):
+    if not isinstance(lora, LoraConfig | LoraBiasConfig | DoraConfig):
         raise UnsupportedAdapterError(f"method {spec.method!r} is not LoRA; PEFT's files cannot hold it so")
-    ranks = {path: lora.rank_of(path) for path in lora.targets}
-    alphas = {path: _whole(lora.alpha_pattern.get(path, lora.alpha)) for path in lora.targets}
+    linears = lora.linears if isinstance(lora, LoraBiasConfig) else lora.targets
+    ranks = {path: lora.rank_of(path) for path in linears}
+    alphas = {path: _whole(lora.alpha_pattern.get(path, lora.alpha)) for path in linears}
+    bias = lora.bias if isinstance(lora, LoraBiasConfig) else "none"
     config = {
         **opening(spec, "LORA"),
         "r": lora.rank,
@@ -138,9 +157,11 @@ def write_config(spec: AdapterSpec) -> bytes:
         **({"use_dora": True} if isinstance(lora, DoraConfig) else {}),
         "lora_dropout": lora.dropout,
         **places(spec),
+        "target_modules": list(linears),
         "rank_pattern": dict(_exceptions(ranks, lora.rank)),
         "alpha_pattern": dict(_exceptions(alphas, _whole(lora.alpha))),
-        "bias": "none",
+        "bias": bias,
+        **({"lora_bias": lora.lora_bias} if isinstance(lora, LoraBiasConfig) else {}),
         "fan_in_fan_out": keeps_transposed(spec),
         "init_lora_weights": True,
     }
@@ -152,7 +173,7 @@ def _exceptions(values: Mapping[str, float], default: float) -> list[tuple[str, 
     that matches; of all modules where that would still catch a wrong one."""
     ordered = sorted(values.items(), key=lambda item: (-len(item[0]), item[0]))
     pattern = {path: value for path, value in ordered if value != default}
-    found = {path: _matching(pattern, path) for path in values}
+    found = {path: matching_key(pattern, path) for path in values}
     right = all((default if key is None else pattern[key]) == values[path] for path, key in found.items())
     return list(pattern.items()) if right else ordered
 

@@ -32,3 +32,7 @@ class PeftKind:
     """Checks that a specification's configuration, of the class that `config` makes, says what the files say."""
     write: Callable[[AdapterSpec], bytes]
     """Makes `adapter_config.json`."""
+    shared: tuple[str, ...] = ()
+    """Names of tensors that stand above all modules: `base_model.<name>` in the file."""
+    may_be_empty: bool = False
+    """Whether a tensor may hold no number."""

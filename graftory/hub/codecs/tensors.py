@@ -26,8 +26,13 @@ _OUTPUT_LAYERS = ("out_proj", "classifier", "score")
 """Names of a head's last layer, where it has several."""
 
 
-def read_floats(data: Bytes, where: str) -> tuple[StoredTensor, ...]:
+def read_floats(data: Bytes, where: str, *, empty: bool = False) -> tuple[StoredTensor, ...]:
     """The tensors of a safetensors file, all of them floats.
+
+    Args:
+        data: The file.
+        where: Its name.
+        empty: Whether a tensor may hold no number.
 
     Raises:
         CorruptAdapterError: If the file breaks the format, or a tensor is empty.
@@ -39,7 +44,7 @@ def read_floats(data: Bytes, where: str) -> tuple[StoredTensor, ...]:
             raise UnsupportedAdapterError(
                 f"{where}: tensor {tensor.name!r} is {tensor.dtype}; save it as one of {', '.join(_EXPONENT)}"
             )
-        if tensor.begin == tensor.end:
+        if tensor.begin == tensor.end and not empty:
             raise CorruptAdapterError(f"{where}: tensor {tensor.name!r} holds no number; save the adapter again")
     return stored
 
@@ -52,8 +57,9 @@ def check_finite(files: Mapping[str, Bytes]) -> None:
     """
     for name, data in files.items():
         if name.endswith(".safetensors"):
-            for tensor in read_floats(data, name):
-                if not _is_finite(tensor, data):
+            for tensor in read_header(data, name):
+                # whole numbers are finite; whether a format may hold them, its codec says
+                if tensor.dtype in _EXPONENT and not _is_finite(tensor, data):
                     raise CorruptAdapterError(
                         f"{name}: tensor {tensor.name!r} holds NaN or infinity; train the adapter again, or take it "
                         "as it is with --allow-nonfinite"

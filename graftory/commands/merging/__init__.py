@@ -1,0 +1,1 @@
+"""What `hub merge` is made of: weights, tuned methods, the report."""

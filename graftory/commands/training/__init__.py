@@ -1,0 +1,1 @@
+"""What `hub train` is made of besides its options: the search, where a prompt starts."""

@@ -1,0 +1,161 @@
+"""Holding adapters against rows of the tasks that others were trained on, each task read with its own head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from graftory.adapter import TASK_SOURCE, Adapter, TaskKind
+from graftory.data import Rows, TaskFile, load_rows, load_task
+from graftory.errors import ConfigError, MergeError
+from graftory.training import LoadedBase, load_base
+from graftory.training.metrics import LOWER_IS_BETTER, METRICS, measure
+from graftory.training.predict import Query, Scored, score
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Rows of the task that an adapter was trained on.
+
+    Attributes:
+        name: The adapter.
+        adapter: Its head is what reads the rows, whatever adapter is judged.
+        task: The task.
+        rows: Some of its rows.
+    """
+
+    name: str
+    adapter: Adapter
+    task: TaskFile
+    rows: Rows
+
+    def queries(self, candidate: Adapter | None) -> list[Query]:
+        """The rows, with another adapter and the own head."""
+        info = self.rows.info(self.task)
+        head = self.adapter if self.adapter.head_tensors() else None
+        pairs = zip(self.rows.texts, self.rows.targets, strict=True)
+        return [Query(text, candidate, head, info, target) for text, target in pairs]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How an adapter does on one trial.
+
+    Attributes:
+        metric: The task's metric; `loss` where it cannot be told from one forward pass.
+        value: Its value.
+        likelihood: The mean over rows of exp(−loss): for a classification the probability of the right label.
+    """
+
+    metric: str
+    value: float
+    likelihood: float
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Of the metric."""
+        return self.metric in LOWER_IS_BETTER
+
+
+def task_of(name: str, adapter: Adapter) -> TaskFile:
+    """The task that an adapter's record names.
+
+    Raises:
+        ConfigError: If it names none.
+    """
+    source = adapter.spec.lineage.parameters.get(TASK_SOURCE)
+    if not isinstance(source, str):
+        raise ConfigError(
+            f"{name}: its record does not name the task it was trained on, so there are no rows to judge by; "
+            "train it with hub train, or name the method yourself"
+        )
+    return load_task(source)
+
+
+def unseen_rows(adapter: Adapter, task: TaskFile, limit: int, seed: int) -> Rows:
+    """Training rows that an adapter was not trained on, if its record says that there are enough; else any of them."""
+    everything = load_rows(task, "train")
+    told = adapter.spec.lineage
+    count = told.parameters.get("rows")
+    if isinstance(count, int) and 0 < count < len(everything) and told.seed is not None:
+        kept = everything.subsample(count, told.seed)
+        if kept.hash == told.data_hash:
+            seen = set(zip(kept.texts, kept.targets, strict=True))
+            left = [pair for pair in zip(everything.texts, everything.targets, strict=True) if pair not in seen]
+            if len(left) >= limit:
+                texts, targets = zip(*left, strict=True)
+                everything = Rows("train", texts, targets, everything.labels)
+    return everything.subsample(limit, seed)
+
+
+def trials_of(adapters: Mapping[str, Adapter], limit: int, *, seed: int = 0, split: str = "train") -> list[Trial]:
+    """A trial for each adapter, on its own task.
+
+    Args:
+        adapters: By name; their records say what they were trained on.
+        limit: At most so many rows of each.
+        seed: Which.
+        split: Of `train`, rows that the adapter was not trained on are taken if there are enough.
+
+    Raises:
+        ConfigError: If a record names no task, or an adapter has no head for it.
+        DataError: If rows cannot be had.
+    """
+    if limit < 1:
+        raise MergeError(f"rows: got {limit}, wanted 1 or more of each task")
+    found = []
+    for name, adapter in adapters.items():
+        task = task_of(name, adapter)
+        unseen = split == "train"
+        rows = unseen_rows(adapter, task, limit, seed) if unseen else load_rows(task, split, limit=limit, seed=seed)
+        found.append(Trial(name, adapter, task, rows))
+    return found
+
+
+class Bench:
+    """Loads the bases that trials need, each once, and judges adapters on all trials.
+
+    Args:
+        trials: What is judged on.
+        base: Base model to load; by default the one that the adapters name.
+        batch_size: Rows a batch.
+    """
+
+    def __init__(self, trials: Sequence[Trial], *, base: str | None = None, batch_size: int = 32) -> None:
+        self.trials = tuple(trials)
+        self.batch_size = batch_size
+        self._base = base
+        self._loaded: dict[TaskKind, LoadedBase] = {}
+
+    def loaded(self, kind: TaskKind) -> LoadedBase:
+        """The base for a kind of task."""
+        if kind not in self._loaded:
+            self._loaded[kind] = load_base(self._base or self.trials[0].adapter.spec.base.id, kind)
+        return self._loaded[kind]
+
+    def judge(self, candidate: Adapter | None) -> tuple[Verdict, ...]:
+        """How an adapter, or the bare base, does on each trial.
+
+        Raises:
+            BaseMismatchError: If it belongs to another base.
+        """
+        return tuple(self.judge_on(candidate, number) for number in range(len(self.trials)))
+
+    def judge_on(self, candidate: Adapter | None, number: int) -> Verdict:
+        """How it does on one trial."""
+        trial = self.trials[number]
+        scored = score(self.loaded(trial.task.kind), trial.queries(candidate), batch_size=self.batch_size)
+        return _verdict(trial, scored)
+
+
+def _verdict(trial: Trial, scored: Sequence[Scored]) -> Verdict:
+    likelihood = sum(math.exp(-row.loss / max(1, row.targets)) for row in scored) / len(scored)
+    name = trial.task.metric
+    if name not in METRICS or any(row.logits is None for row in scored):
+        return Verdict("loss", sum(row.loss for row in scored) / max(1, sum(row.targets for row in scored)), likelihood)
+    classes = trial.task.kind == "classification"
+    outputs = [
+        int(row.logits.argmax()) if classes else float(row.logits[0]) for row in scored if row.logits is not None
+    ]
+    return Verdict(name, measure(name, trial.rows.targets, outputs), likelihood)

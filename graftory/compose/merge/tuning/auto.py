@@ -1,0 +1,236 @@
+"""Which method to merge by: a portfolio judged on a few rows of every task, against what costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch import Tensor
+
+from graftory.adapter import Adapter, Parent
+from graftory.compose.merge import METHODS, merge, needs_base
+from graftory.compose.merge.base import MergeParameters, check_rank
+from graftory.compose.merge.judging import Bench, Verdict, trials_of
+from graftory.compose.record import record_examples
+from graftory.config import option
+from graftory.errors import MergeError
+from graftory.schema import Json, encode
+
+ROWS = 16
+"""Rows of each task that decide."""
+
+Floor = Literal["nothing", "single", "task arithmetic"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoParameters(MergeParameters):
+    """Parameters of `auto`."""
+
+    rank: int | None = option("rank of the result; if not given nothing is cut", None)
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to merge.
+
+    Attributes:
+        name: What the table calls it.
+        method: A row of `METHODS`.
+        weight: The same for every adapter; None for the method's own.
+        values: Parameters of the method that are not its defaults.
+        floor: Whether it is one of what others are held against.
+    """
+
+    name: str
+    method: str
+    weight: float | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    floor: Floor | None = None
+
+
+PORTFOLIO: tuple[Candidate, ...] = (
+    Candidate("linear, mean", "linear", floor="task arithmetic"),
+    Candidate("linear, sum", "linear", 1.0, floor="task arithmetic"),
+    Candidate("ties", "ties"),
+    Candidate("tsv", "tsv"),
+    Candidate("iso_c", "iso_c"),
+    Candidate("knots", "knots"),
+    Candidate("core", "core"),
+    Candidate("ctm", "ctm"),
+    Candidate("pico", "pico"),
+    Candidate("lego", "lego"),
+    Candidate("regmean", "regmean"),
+)
+"""What is tried, in order; of equals the first is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One row of the table.
+
+    Attributes:
+        name: What was tried.
+        method: The merge method; None for the bare base.
+        floor: Which floor it is, if one.
+        score: Mean over tasks of the likelihood, each divided by that of the task's own adapter; None if it could not
+            be made.
+        metrics: The metric of each task, in order.
+        problem: Why it could not be made.
+    """
+
+    name: str
+    method: str | None
+    floor: Floor | None
+    score: float | None
+    metrics: tuple[float, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What `auto` found.
+
+    Attributes:
+        adapter: The merge by what was judged best; its record names method, weights and parameters, and regenerates it.
+        best: Its row.
+        table: Everything that was tried, best first.
+        tasks: The adapters whose tasks were judged on, in the order of `Judged.metrics`, with the metric of each.
+    """
+
+    adapter: Adapter
+    best: Judged
+    table: tuple[Judged, ...]
+    tasks: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """How a merge is made: what a record of it tells."""
+
+    method: str
+    weights: tuple[float, ...] | None
+    parameters: MergeParameters
+
+
+def auto_merge(
+    adapters: Mapping[str, Adapter],
+    parameters: AutoParameters | None = None,
+    *,
+    rows: int = ROWS,
+    seed: int = 0,
+    parents: Sequence[Parent] = (),
+    notes: Mapping[str, Json] | None = None,
+    portfolio: Sequence[Candidate] = PORTFOLIO,
+    batch_size: int = 32,
+) -> Chosen:
+    """Try a portfolio of merges and keep the one that is best on a few rows of every adapter's own task.
+
+    Each task is read with its own head. What is judged by is the likelihood, the mean of exp(−loss) over the rows: of
+    so few rows an accuracy tells too little. It is divided by that of the task's own adapter, and the mean over
+    tasks is taken. The floors are the bare base, the best single adapter for all tasks, and task arithmetic. Rows are
+    of the training split, and such as the adapter was not trained on if there are enough.
+
+    Args:
+        adapters: By name, of linear methods and one base; their records name their tasks.
+        parameters: The rank of the result.
+        rows: So many of each task.
+        seed: Which rows, and what methods draw.
+        parents: Where the adapters came from, as in `merge`.
+        notes: What else the lineage should tell.
+        portfolio: What to try.
+        batch_size: Rows a batch.
+
+    Raises:
+        ConfigError: If a record names no task.
+        MergeError: If nothing is better than the bare base, or nothing could be merged.
+    """
+    chosen = parameters or AutoParameters()
+    bench = Bench(trials_of(adapters, rows, seed=seed), batch_size=batch_size)
+    parts = list(adapters.values())
+    own = [bench.judge_on(trial.adapter, number) for number, trial in enumerate(bench.trials)]
+    maker = _Maker(bench, parts, seed)
+    base = bench.judge(None)
+    table = [Judged("nothing (the bare base)", None, "nothing", _score(base, own), _values(base))]
+    recipes: dict[str, _Recipe] = {}
+    for number, name in enumerate(adapters):
+        verdicts = bench.judge(parts[number])
+        only = tuple(float(other == number) for other in range(len(parts)))
+        recipes[name] = _Recipe("linear", only, METHODS["linear"].params())
+        table.append(Judged(name, "linear", "single", _score(verdicts, own), _values(verdicts)))
+    for candidate in portfolio:
+        recipe = _recipe(candidate, len(parts), chosen.rank, seed)
+        row = maker.judged(candidate, recipe, own)
+        table.append(row)
+        recipes[candidate.name] = recipe
+    ranked = sorted(table, key=lambda row: (row.score is None, -(row.score or 0.0)))
+    best = ranked[0]
+    if best.method is None:
+        raise MergeError(
+            f"auto: nothing is better than the bare base, {best.score:.3f}, on {rows} rows of each task "
+            f"(next {ranked[1].name}, {ranked[1].score or 0:.3f}); keep the adapters apart, a route for each row"
+        )
+    tasks = tuple((trial.name, verdict.metric) for trial, verdict in zip(bench.trials, own, strict=True))
+    told: dict[str, Json] = {
+        "rows": rows,
+        "chosen": best.name,
+        "tried": [{"name": row.name, "score": row.score} for row in ranked],
+    }
+    told = encode({"auto": told, "seed": seed, **(notes or {})})
+    return Chosen(maker.make(recipes[best.name], parents, told), best, tuple(ranked), tasks)
+
+
+class _Maker:
+    """Makes merges of the same adapters; what some of them look at is recorded once."""
+
+    def __init__(self, bench: Bench, parts: Sequence[Adapter], seed: int) -> None:
+        self._bench = bench
+        self._parts = parts
+        self._seed = seed
+        self._inputs: Sequence[Mapping[str, Tensor]] | None = None
+        self._base = bench.loaded(bench.trials[0].task.kind).model if needs_base(parts) else None
+
+    def make(self, recipe: _Recipe, parents: Sequence[Parent] = (), notes: Mapping[str, Json] | None = None) -> Adapter:
+        inputs: Sequence[Mapping[str, Tensor]] = ()
+        if recipe.parameters.reads == "own tasks":
+            self._inputs = record_examples(self._parts, None, seed=self._seed) if self._inputs is None else self._inputs
+            inputs = self._inputs
+        return merge(
+            self._parts,
+            recipe.method,
+            weights=recipe.weights,
+            parameters=recipe.parameters,
+            inputs=inputs,
+            base=self._base,
+            parents=parents,
+            notes=notes,
+        )
+
+    def judged(self, candidate: Candidate, recipe: _Recipe, own: Sequence[Verdict]) -> Judged:
+        try:
+            merged = self.make(recipe)
+        except MergeError as error:
+            return Judged(candidate.name, candidate.method, candidate.floor, None, problem=str(error))
+        verdicts = self._bench.judge(merged)
+        return Judged(candidate.name, candidate.method, candidate.floor, _score(verdicts, own), _values(verdicts))
+
+
+def _recipe(candidate: Candidate, count: int, rank: int | None, seed: int) -> _Recipe:
+    kind = METHODS[candidate.method].params
+    names = {each.name for each in fields(kind)}
+    given = {"rank": rank, "seed": seed}
+    parameters = kind(**{name: value for name, value in given.items() if name in names}, **candidate.values)
+    weights = None if candidate.weight is None else (candidate.weight,) * count
+    return _Recipe(candidate.method, weights, parameters)
+
+
+def _score(verdicts: Sequence[Verdict], own: Sequence[Verdict]) -> float:
+    shares = [after.likelihood / max(alone.likelihood, 1e-12) for after, alone in zip(verdicts, own, strict=True)]
+    return sum(shares) / len(shares)
+
+
+def _values(verdicts: Sequence[Verdict]) -> tuple[float, ...]:
+    return tuple(verdict.value for verdict in verdicts)

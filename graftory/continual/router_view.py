@@ -1,0 +1,162 @@
+"""A Mahalanobis classifier of tasks on one kind of features: centroids of every task, one scatter for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from graftory.errors import ConfigError, ShapeError
+
+_TAIL_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RoutedTask:
+    """What is kept of one task."""
+
+    name: str
+    centroids: Tensor
+    """[k, d] fp64."""
+    shares: Tensor
+    """Share of the task's rows at each centroid, [k] fp64."""
+    tail: Tensor
+    """The farthest validation rows, farthest first when the task was added, [m, d]; empty = no bound."""
+    outside: int
+    """How many validation rows lie outside the bound."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """N rows against T tasks."""
+
+    log: Tensor
+    """log Σ_c π_c exp(fᵀΣ⁻¹μ_c − ½ μ_cᵀΣ⁻¹μ_c) over the centroids c of each task, [N, T]."""
+    distance: Tensor
+    """Squared Mahalanobis distance to the nearest centroid of each task, [N, T]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """All that routing by these features needs. Adding a task touches no other: its centroids are appended and its
+    scatter is added to a running sum.
+    """
+
+    layers: tuple[int, ...]
+    """Layers of the base whose pooled states are the features, joined."""
+    tasks: tuple[RoutedTask, ...] = ()
+    scatter: Tensor | None = None
+    """Σ over all training rows of (f − μ)(f − μ)ᵀ, μ the row's own centroid, [d, d] fp64."""
+    rows: int = 0
+    """Rows in the scatter."""
+    right: int = 0
+    """How many held-out rows, each scored once, when its task arrived, went to their task."""
+
+    def add(
+        self,
+        name: str,
+        features: Tensor,
+        groups: Tensor,
+        validation: Tensor | None = None,
+        *,
+        shrinkage: float,
+        quantile: float,
+    ) -> View:
+        """A view that knows one more task.
+
+        Args:
+            name: The task.
+            features: Features of its training rows, [N, d].
+            groups: Which of the task's centroids a row is at, from 0 on and none left out, [N] int64.
+            validation: Features of rows kept apart, for the bound and for `right`; without them it never abstains here.
+            shrinkage: See `covariance`.
+            quantile: Share of the validation rows inside the bound.
+
+        Raises:
+            ShapeError: If the features are empty or of another width.
+        """
+        width = None if self.scatter is None else self.scatter.shape[0]
+        if features.dim() != 2 or len(features) == 0 or width not in (None, features.shape[1]):
+            raise ShapeError(f"features of {name!r}: got {tuple(features.shape)}, wanted [rows, {width or 'width'}]")
+        rows = features.double()
+        counts = torch.bincount(groups)
+        centroids = torch.zeros(len(counts), rows.shape[1], dtype=rows.dtype).index_add_(0, groups, rows)
+        centroids /= counts[:, None]
+        residual = rows - centroids[groups]
+        scatter = residual.T @ residual
+        scatter = (scatter + scatter.T) / 2  # equal to the last bit on both sides, as one of them is stored
+        task = RoutedTask(name, centroids, counts.double() / len(rows), features[:0], 0)
+        grown = replace(
+            self,
+            tasks=(*self.tasks, task),
+            scatter=scatter if self.scatter is None else self.scatter + scatter,
+            rows=self.rows + len(rows),
+        )
+        if validation is None or len(validation) == 0:
+            return grown
+        scores = grown.scores(validation, shrinkage)
+        grown = replace(grown, right=self.right + int((scores.log.argmax(1) == len(self.tasks)).sum()))
+        if quantile == 1:
+            return grown
+        outside = int((1 - quantile) * len(validation) + 1e-9)
+        farthest = scores.distance[:, -1].argsort(descending=True)[: max(_TAIL_ROWS, 2 * outside + 1)]
+        bounded = replace(task, tail=validation[farthest], outside=outside)
+        return replace(grown, tasks=(*self.tasks, bounded))
+
+    def covariance(self, shrinkage: float) -> Tensor:
+        """Σ = S/N + shrinkage · tr(S/N)/d · I, the pooled within-centroid scatter, shrunk, [d, d].
+
+        Raises:
+            ConfigError: If no task has been added.
+        """
+        if self.scatter is None:
+            raise ConfigError("the router knows no task; add one first")
+        pooled = self.scatter / self.rows
+        pooled.diagonal().add_(shrinkage * pooled.diagonal().mean())
+        return pooled
+
+    def bounds(self, shrinkage: float) -> Tensor:
+        """Each task's squared distance beyond which a row is foreign, under the scatter as it is now, [T].
+
+        With n validation rows it is the distance of the (⌊(1 − quantile) n⌋ + 1)-th farthest.
+        """
+        lower = torch.linalg.cholesky(self.covariance(shrinkage))
+        bounds = []
+        for task in self.tasks:
+            if len(task.tail) == 0:
+                bounds.append(float("inf"))
+                continue
+            distances = _distances(task.tail.double(), task, lower).sort(descending=True).values
+            bounds.append(float(distances[min(task.outside, len(distances) - 1)]))
+        return torch.tensor(bounds, dtype=torch.float64)
+
+    def scores(self, features: Tensor, shrinkage: float) -> Scores:
+        """Score rows against all tasks.
+
+        Args:
+            features: [N, d].
+            shrinkage: See `covariance`.
+
+        Raises:
+            ShapeError: If the width is another.
+        """
+        covariance = self.covariance(shrinkage)
+        if features.dim() != 2 or features.shape[1] != len(covariance):
+            raise ShapeError(f"features: got {tuple(features.shape)}, wanted [rows, {len(covariance)}]")
+        lower, features = torch.linalg.cholesky(covariance), features.double()
+        log, distance = [], []
+        for task in self.tasks:
+            weights = torch.cholesky_solve(task.centroids.T, lower)
+            linear = features @ weights - 0.5 * (task.centroids.T * weights).sum(0)
+            log.append((linear + task.shares.log()).logsumexp(1))
+            distance.append(_distances(features, task, lower))
+        return Scores(torch.stack(log, 1), torch.stack(distance, 1))
+
+
+def _distances(features: Tensor, task: RoutedTask, lower: Tensor) -> Tensor:
+    """The least (f − μ)ᵀ Σ⁻¹ (f − μ) over a task's centroids for every row, [N]; Σ = L Lᵀ."""
+    white = torch.linalg.solve_triangular(lower, features.T, upper=False).T
+    centres = torch.linalg.solve_triangular(lower, task.centroids.T, upper=False).T
+    # the direct form: squared norms and products would cancel for rows that lie on a centroid
+    return torch.stack([(white - centre).square().sum(1) for centre in centres], 1).amin(1)

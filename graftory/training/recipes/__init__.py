@@ -1,0 +1,40 @@
+"""Ways to train a LoRA or a bottleneck, one file each; `graftory/adapters/ways.py` has their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from graftory.config import (
+    AdamixConfig,
+    AdapterConfig,
+    AdapterdropConfig,
+    DyloraConfig,
+    SoraConfig,
+    SparseConfig,
+)
+from graftory.config_peft import AdaloraConfig
+from graftory.training.recipes.adalora import adalora
+from graftory.training.recipes.adamix import adamix
+from graftory.training.recipes.adapterdrop import adapterdrop
+from graftory.training.recipes.base import Recipe, Scene
+from graftory.training.recipes.dylora import dylora
+from graftory.training.recipes.sora import sora
+from graftory.training.recipes.sparse import sparse
+
+__all__ = ["RECIPES", "Recipe", "Scene", "recipe_of"]
+
+RECIPES: Mapping[type[AdapterConfig], Callable[[Scene], Recipe]] = {
+    DyloraConfig: dylora,
+    SoraConfig: sora,
+    AdapterdropConfig: adapterdrop,
+    SparseConfig: sparse,
+    AdamixConfig: adamix,
+    AdaloraConfig: adalora,
+}
+"""Every way to train, by its configuration; other methods learn as they are."""
+
+
+def recipe_of(scene: Scene) -> Recipe:
+    """How the adapter of a scene learns."""
+    make = RECIPES.get(type(scene.config))
+    return Recipe() if make is None else make(scene)

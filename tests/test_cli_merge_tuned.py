@@ -1,0 +1,105 @@
+"""`hub merge` with --method auto, --tune and --report, on a tiny random BERT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from graftory import Hub
+from graftory.cli import cli
+from graftory.compose.merge.tuning.adamerging import layer_of
+from tests.merge_home import LABELS, Home, make_home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return make_home(tmp_path_factory.mktemp("tuned"))
+
+
+def invoke(home: Home, *args: object) -> Result:
+    return CliRunner().invoke(cli, ["--registry", str(home.hub), "merge", *map(str, args)])
+
+
+def run(home: Home, *args: object) -> Result:
+    result = invoke(home, *args)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def names(home: Home) -> set[str]:
+    return {row.name for row in Hub.open(home.hub).index()}
+
+
+def test_auto_shows_what_it_tried_and_is_made_again(home: Home) -> None:
+    found = json.loads(run(home, *LABELS, "--method", "auto", "--tune-rows", "6", "--name", "best", "--json").output)
+    rows = found["auto"]["tried"]
+    assert {"nothing", "single", "task arithmetic"} <= {row["floor"] for row in rows}
+    assert found["auto"]["chosen"] == rows[0]["name"]
+    assert {"ties", "tsv", "regmean", "lego"} <= {row["method"] for row in rows if row["score"] is not None}
+    lineage = Hub.open(home.hub).record("best").spec.lineage
+    assert lineage.parameters["method"] == rows[0]["method"]
+    told = lineage.parameters["auto"]
+    assert told["rows"] == 6
+    assert [row["name"] for row in told["tried"]] == [row["name"] for row in rows]
+    again = json.loads(run(home, "best", "--again", "--json").output)
+    assert again["same"]
+    refused = invoke(home, "best", "--without", "two", "--name", "never")
+    assert "its method was found with all parents in it" in refused.stderr
+
+
+def test_weights_are_tuned_and_recorded(home: Home) -> None:
+    few = ["--method", "lorahub", "--tune", home.task("two"), "--tries", "6", "--tune-rows", "8"]
+    run(home, "two", "pair", *few, "--name", "few")
+    lineage = Hub.open(home.hub).record("few").spec.lineage
+    assert lineage.parameters["tuned"]["on"] == home.task("two")
+    assert lineage.parameters["tuned"]["loss"] < lineage.parameters["tuned"]["base_loss"]
+    assert json.loads(run(home, "few", "--again", "--json").output)["same"]
+    run(home, *LABELS, "--method", "adamerging", "--steps", "2", "--tune-rows", "6", "--rank", "4", "--name", "sure")
+    lineage = Hub.open(home.hub).record("sure").spec.lineage
+    layers = {layer_of(path) for path in home.adapters["two"].spec.config.targets}
+    assert {row[0] for row in lineage.parameters["weights_at"]} == {f"{layer}.*" for layer in layers}
+    assert lineage.parameters["tuned"]["rows"] == 6
+    assert json.loads(run(home, "sure", "--again", "--json").output)["same"]
+    refused = invoke(home, "sure", "--without", "two", "--name", "never")
+    assert "its weights were found with all parents in it" in refused.stderr
+
+
+def test_a_report_needs_no_name_and_keeps_nothing(home: Home, tmp_path: Path) -> None:
+    picture, before = tmp_path / "why.svg", names(home)
+    arguments = ["two", "three", "--weights", "1,1", "--report", picture, "--report-rows", "24"]
+    found = json.loads(run(home, *arguments, "--json").output)["report"]
+    assert names(home) == before
+    assert picture.read_bytes().startswith(b"<?xml")
+    assert [row["own"] for row in found["retention"]] == [1.0, 1.0]
+    least = min(row["merged"] for row in found["retention"])
+    assert found["advice"]["what"] == ("merge" if least >= 0.95 else "route")
+    assert {row["adapter"] for row in found["interference"]["effects"]} == {"two@1", "three@1"}
+    assert found["interference"]["by_inputs"]
+    text = run(home, "two", "three", "--report", picture, "--name", "reported").output
+    assert "two@1, three@1" in text
+    assert "merged into reported@1" in text
+    assert "rows would tell more" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--method", "lorahub"], "needs --tune TASK"),
+        (["--tune", "x"], "--tune goes with --method lorahub or adamerging, not with linear"),
+        (["--tune-rows", "4"], "--tune-rows goes with"),
+        (["--method", "auto", "--weights", "1,1,1"], "--weights and --method auto do not go together"),
+        (["--method", "auto", "--select", "greedy", "--on", "x"], "--select greedy and --method auto"),
+        (["--method", "auto", "--density", "0.5"], "--density belongs to"),
+        (["--report-rows", "4"], "--report-rows needs --report FILE"),
+        (["--report", "why.txt"], "wanted .png, .svg, .pdf"),
+        (["--method", "lorahub", "--tune", "gone.yaml"], "no task file 'gone.yaml'"),
+    ],
+)
+def test_options_that_do_not_go_together(options: list[str], text: str, home: Home) -> None:
+    result = invoke(home, *LABELS, "--name", "never", *options)
+    assert result.exit_code == 1
+    assert text in result.stderr
+    assert "never" not in names(home)
