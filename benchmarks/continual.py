@@ -44,7 +44,8 @@ from graftory.schema import encode
 
 BASE = "wheel:minilm"
 STRATEGIES = (
-    *("seq", "isolated", "replay", "ewc", "lwf", "a-gem", "migu", "o-lora", "inflora", "sd-lora", "slao"),
+    *("seq", "isolated", "ranpac", "replay", "ewc", "lwf", "a-gem", "migu"),
+    *("o-lora", "inflora", "sd-lora", "slao", "opcm", "gated"),
     *("frozen", "single", "joint"),
 )
 SEEDED = ("isolated", "seq", "replay", "o-lora", "inflora")

@@ -20,7 +20,7 @@ from graftory.compose.merge.kinds import check_linear, delta_at
 from graftory.compose.merge.originals import originals_of
 from graftory.compose.merge.peft_kinds import PEFT_DELTAS
 from graftory.config import CONFIGS, BottleneckConfig, LoraConfig
-from graftory.config_peft import PEFT_CONFIGS, PeftConfig
+from graftory.config.peft import PEFT_CONFIGS, PeftConfig
 from graftory.errors import ConfigError, CorruptAdapterError, MergeError, ShapeError, UnsupportedAdapterError
 from tests.adapter_samples import shaken, task
 from tests.conftest import tiny_batch, tiny_model

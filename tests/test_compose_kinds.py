@@ -24,7 +24,7 @@ from graftory.config import (
     LoraConfig,
     UpdateConfig,
 )
-from graftory.config_peft import PeftConfig
+from graftory.config.peft import PeftConfig
 from graftory.errors import BaseMismatchError, MergeError
 from graftory.hub import Hub
 from tests.merge_oracles import ties

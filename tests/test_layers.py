@@ -13,7 +13,7 @@ import pytest
 import graftory
 
 PACKAGE = Path(graftory.__file__).parent
-CORE = ("errors", "printable", "schema", "config_base", "config_peft", "config", "settings", "versions", "adapter")
+CORE = ("errors", "printable", "schema", "config", "settings", "versions", "adapter")
 """In the order in which they may import each other."""
 BELOW_COMPOSE = ("core", "hub", "adapters", "kernels", "data", "training")
 BELOW_COMMANDS = (*BELOW_COMPOSE, "compose", "continual", "demo")

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from graftory import Adapter, Hub, attach
 from graftory.cli import cli
 from graftory.config import LoraConfig
-from graftory.config_peft import PEFT_CONFIGS, AdaloraConfig
+from graftory.config.peft import PEFT_CONFIGS, AdaloraConfig
 from graftory.errors import ConfigError
 from graftory.settings import TrainSettings
 from graftory.training import Job, LoadedBase, evaluate, load_base, train

@@ -23,7 +23,7 @@ from graftory.config import (
     LowRankConfig,
     UpdateConfig,
 )
-from graftory.config_peft import LnTuningConfig, PeftConfig
+from graftory.config.peft import LnTuningConfig, PeftConfig
 from graftory.errors import MergeError, ShapeError
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftory.adapters.architectures import module_at
-from graftory.config_peft import PeftConfig
+from graftory.config.peft import PeftConfig
 from graftory.errors import ConfigError, ShapeError
 
 PREFIX, ABOVE = "base_model.model.", "base_model."

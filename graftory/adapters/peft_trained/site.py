@@ -18,7 +18,7 @@ from graftory.adapters.architectures import module_at
 from graftory.adapters.peft_trained.build import build, load, state
 from graftory.adapters.route import Selection
 from graftory.adapters.site import Site
-from graftory.config_peft import PeftConfig
+from graftory.config.peft import PeftConfig
 
 
 class PeftSite(Site[PeftConfig]):

@@ -14,7 +14,7 @@ from graftory.adapters.architectures import architecture_of, head_paths, is_line
 from graftory.adapters.method import Method
 from graftory.adapters.peft_trained.site import places, site, whole
 from graftory.adapters.targets import linear_targets, paths_of
-from graftory.config_peft import (
+from graftory.config.peft import (
     AdaloraConfig,
     FourierftConfig,
     HraConfig,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graftory.compose.merge.delta import Delta, whole
 from graftory.compose.merge.originals import Originals
-from graftory.config_peft import (
+from graftory.config.peft import (
     AdaloraConfig,
     FourierftConfig,
     HraConfig,

@@ -30,7 +30,7 @@ from graftory.config import (
     UnipeltConfig,
     UpdateConfig,
 )
-from graftory.config_peft import PEFT_CONFIGS
+from graftory.config.peft import PEFT_CONFIGS
 from graftory.errors import CorruptAdapterError, DataError, UnsupportedAdapterError
 from graftory.hub.codecs.composed import ComposedCodec
 from graftory.hub.codecs.native import NativeCodec

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graftory.adapter import AdapterSpec
-from graftory.config_base import AdapterConfig
-from graftory.config_peft import PEFT_CONFIGS, PeftConfig, peft_fields
+from graftory.config.base import AdapterConfig
+from graftory.config.peft import PEFT_CONFIGS, PeftConfig, peft_fields
 from graftory.errors import ConfigError, CorruptAdapterError, UnsupportedAdapterError
 from graftory.hub.codecs import tensors as shared
 from graftory.hub.codecs.peft_common import (

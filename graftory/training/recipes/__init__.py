@@ -12,7 +12,7 @@ from graftory.config import (
     SoraConfig,
     SparseConfig,
 )
-from graftory.config_peft import AdaloraConfig
+from graftory.config.peft import AdaloraConfig
 from graftory.training.recipes.adalora import adalora
 from graftory.training.recipes.adamix import adamix
 from graftory.training.recipes.adapterdrop import adapterdrop

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from graftory.adapter import Adapter
 from graftory.adapters.peft_trained.site import peft_model_of
-from graftory.config_peft import AdaloraConfig
+from graftory.config.peft import AdaloraConfig
 from graftory.settings import TrainSettings
 from graftory.training.recipes.base import Recipe, Scene
 from graftory.training.trainer import StepContext

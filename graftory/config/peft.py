@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from graftory.config_base import AdapterConfig, check_rate
+from graftory.config.base import AdapterConfig, check_rate
 from graftory.errors import ConfigError
 from graftory.schema import Json, encode
 
