@@ -266,7 +266,7 @@ _IDENTITY: list[tuple[str, str, str, Make]] = [
     ("a field more", "record", "digest|unknown", _forged(_set("extra", value=1), digest=False)),
     ("a field more in a file", "record", "unknown key", _forged(_set("files", 0, "mode", value=7))),
     ("a field more in the config", "record", "unknown key", _forged(_set("spec", "config", "use_dora", value=True))),
-    ("an unknown method", "feature", "method", _forged(_set("spec", "config", "method", value="loha"))),
+    ("an unknown method", "feature", "method", _forged(_set("spec", "config", "method", value="mora"))),
     ("a method that is a path", "code", "method", _forged(_set("spec", "config", "method", value="os.system"))),
 ]  # fmt: skip
 

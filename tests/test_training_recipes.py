@@ -119,9 +119,9 @@ def test_dylora_trains_the_lora_that_is_cut_out(rslora: bool) -> None:
         key: value[:2].contiguous() if "lora_A" in key else value[:, :2].contiguous()
         for key, value in whole.tensors.items()
     }
-    small = LoraConfig(rank=2, alpha=6.0, rslora=rslora, targets=config.targets)
+    small = LoraConfig(rank=2, alpha=6.0, rslora=rslora, targets=grown.targets)
     adapted = attach(model, {"it": whole, "small": replace(whole, spec=replace(whole.spec, config=small), tensors=cut)})
-    with adapted.made("it", first_ranks(config, adapted.weights("it"), 2)), adapted.route("it"):
+    with adapted.made("it", first_ranks(grown, adapted.weights("it"), 2)), adapted.route("it"):
         found = logits(adapted, batch)
     with adapted.route("small"):
         torch.testing.assert_close(found, logits(adapted, batch), atol=1e-5, rtol=1e-5)
