@@ -31,7 +31,7 @@ def test_values(metric: str, targets: list[object], outputs: list[object], value
 
 
 def test_every_metric_that_a_task_may_name_exists() -> None:
-    assert {name for names in METRICS_OF_KIND.values() for name in names} == {*METRICS, "loss"}
+    assert {name for names in METRICS_OF_KIND.values() for name in names} == {*METRICS, "loss", "likelihood"}
 
 
 def test_misuse() -> None:
