@@ -41,9 +41,10 @@ def main(place: Path, folder: Path, strategies: list[str]) -> None:
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING:
-            path = str(arguments[0])
-            if path.startswith(str(folder)) and "/work/" not in path:
-                written.add(path.removeprefix(str(folder)))
+            path = Path(str(arguments[0]))
+            # a run's scratch folder is everybody's
+            if path.is_relative_to(folder) and "work" not in path.relative_to(folder).parts:
+                written.add(str(path.relative_to(folder)))
 
     sys.addaudithook(audit)
     # pictures take longer than all else

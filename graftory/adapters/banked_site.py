@@ -66,6 +66,11 @@ class BankedSite(Site[C]):
         del config
         return ""
 
+    def rate_of(self, config: C) -> float:
+        """How much of its input an adapter drops out while training."""
+        del config
+        return 0.0
+
     def reserve(self, places: int) -> None:
         """See `Site.reserve`."""
         self.capacity = places
@@ -93,6 +98,16 @@ class BankedSite(Site[C]):
         """The rows of each bank."""
         found = [(bank, route.select(bank.layout, x)) for bank in self.banks]
         return [(bank, selection) for bank, selection in found if selection is not None]
+
+    def taken(self, inputs: Tensor, selection: Selection) -> Tensor:
+        """The inputs of a selection's rows, as their adapters read them: with dropout while training."""
+        x = selection.take(inputs)
+        self.show(x)
+        if not self.training:
+            return x
+        rates = [self.rate_of(self.configs[slot]) for slot in selection.slots]
+        kept = dropout_of(rates, selection.index, x.shape)
+        return x if kept is None else x * kept.to(x.dtype)
 
     def used(self, bank: Bank, selection: Selection) -> Used:
         """What an operation over a selection takes: the whole bank, or, where gradients are needed or one adapter is

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from graftory.adapters.adding_site import VectorSite
 from graftory.adapters.architectures import GROUPS, architecture_of, head_paths, is_linear, module_at
-from graftory.adapters.banked_site import BankedSite, summed
 from graftory.adapters.method import Method
 from graftory.adapters.targets import paths_of
 from graftory.config import BitfitConfig
@@ -23,33 +23,15 @@ from graftory.errors import UnsupportedAdapterError
 (DELTA,) = BitfitConfig.parts
 
 
-class BitfitSite(BankedSite[BitfitConfig]):
+class BitfitSite(VectorSite[BitfitConfig]):
     """What is added to the bias of one module: δ [d] of each adapter."""
 
     padded: ClassVar = {DELTA: 0}
-    # behind a bottleneck at the same LayerNorm, which runs the norm again without hooks
-    order: ClassVar[int] = 1
-
-    def install(self, model: PreTrainedModel) -> None:
-        """Add to what the module returns."""
-        del model
-        self.listen(self._hook)
 
     def shapes(self, config: BitfitConfig, path: str) -> Mapping[str, tuple[int, ...]]:
         """[d], as the bias."""
         del config, path
         return {DELTA: tuple(bias_of(self.module, self.path).shape)}
-
-    def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        del args
-        route = self.route()
-        changed = output
-        for bank, selection in self.selections(route, output) if route is not None else ():
-            used = self.used(bank, selection)
-            delta = summed(used.tensors[0], used.index, selection.weights)
-            middle = [1] * (output.dim() - 2)
-            changed = selection.add(changed, delta.view(len(delta), *middle, -1).expand_as(selection.take(output)))
-        return None if changed is output else changed
 
 
 def bias_of(module: nn.Module, path: str) -> Tensor:

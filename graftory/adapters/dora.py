@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from graftory.adapters.adding_site import AddingSite
 from graftory.adapters.architectures import linear_widths, module_at
 from graftory.adapters.bank import Bank
-from graftory.adapters.banked_site import BankedSite, dropout_of
 from graftory.adapters.lora import LORA
 from graftory.adapters.method import Method
 from graftory.adapters.route import Selection
@@ -31,16 +31,11 @@ from graftory.kernels import batched_lora, batched_scale
 A, B, MAGNITUDE = DoraConfig.parts
 
 
-class DoraSite(BankedSite[DoraConfig]):
+class DoraSite(AddingSite[DoraConfig]):
     """DoRA weights at one linear layer: A [r, d_in], B [d_out, r], m [d_out] of each adapter."""
 
     padded: ClassVar = {A: 0, B: 1, MAGNITUDE: 0}
-    order: ClassVar[int] = -2
-
-    def install(self, model: PreTrainedModel) -> None:
-        """Change what the linear layer returns, as LoRA does."""
-        del model
-        self.listen(self._hook)
+    alone: ClassVar[bool] = True
 
     def shapes(self, config: DoraConfig, path: str) -> Mapping[str, tuple[int, ...]]:
         """[r, d_in], [d_out, r] and [d_out]."""
@@ -52,23 +47,15 @@ class DoraSite(BankedSite[DoraConfig]):
         """See `BankedSite.scale_of`."""
         return config.scale_of(path)
 
-    def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        route = self.route()
-        changed = output
-        for bank, selection in self.selections(route, output) if route is not None else ():
-            for part in selection.apart():
-                changed = part.add(changed, part.weighted(self._update(args[0], bank, part)))
-        return None if changed is output else changed
+    def rate_of(self, config: DoraConfig) -> float:
+        """See `BankedSite.rate_of`; the base's part reads what is left too, as in PEFT."""
+        return config.dropout
 
-    def _update(self, inputs: Tensor, bank: Bank, selection: Selection) -> Tensor:
+    def added(self, inputs: Tensor, output: Tensor, bank: Bank, selection: Selection) -> Tensor:
         """(m / n) ⊙ (W x + s B A x) - W x for the rows of a selection with one adapter each."""
-        x = selection.take(inputs)
-        self.show(x)
+        del output
+        x = self.taken(inputs, selection)
         weight = linear_weight(self.module, self.path)
-        if self.training:
-            kept = dropout_of([self.configs[slot].dropout for slot in selection.slots], selection.index, x.shape)
-            # the base's part reads what is left too, as in PEFT
-            x = x if kept is None else x * kept.to(x.dtype)
         used = self.used(bank, selection)
         a, b, _ = used.tensors
         direct = functional.linear(x, weight)

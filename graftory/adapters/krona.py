@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from graftory.adapters.adding_site import AddingSite
 from graftory.adapters.architectures import linear_widths, module_at
 from graftory.adapters.bank import Bank
-from graftory.adapters.banked_site import BankedSite, dropout_of
 from graftory.adapters.method import Method
 from graftory.adapters.route import Selection
 from graftory.adapters.targets import linear_targets
@@ -35,16 +35,11 @@ def shapes_of(config: KronaConfig, inputs: int, outputs: int) -> tuple[tuple[int
     return (outputs // f, f), (f, inputs // f)
 
 
-class KronaSite(BankedSite[KronaConfig]):
+class KronaSite(AddingSite[KronaConfig]):
     """KronA weights at one linear layer: A [p, f], B [f, q] of each adapter."""
 
     padded: ClassVar = {A: 0, B: 1}
-    order: ClassVar[int] = -2
-
-    def install(self, model: PreTrainedModel) -> None:
-        """Add the update to what the linear layer returns, as LoRA does."""
-        del model
-        self.listen(self._hook)
+    alone: ClassVar[bool] = True
 
     def shapes(self, config: KronaConfig, path: str) -> Mapping[str, tuple[int, ...]]:
         """[p, f] and [f, q]."""
@@ -60,21 +55,14 @@ class KronaSite(BankedSite[KronaConfig]):
         """One call has matrices of one shape."""
         return f"{shapes_of(config, *linear_widths(self.module))}"
 
-    def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        route = self.route()
-        changed = output
-        for bank, selection in self.selections(route, output) if route is not None else ():
-            for part in selection.apart():
-                changed = part.add(changed, part.weighted(self._update(args[0], bank, part)))
-        return None if changed is output else changed
+    def rate_of(self, config: KronaConfig) -> float:
+        """See `BankedSite.rate_of`."""
+        return config.dropout
 
-    def _update(self, inputs: Tensor, bank: Bank, selection: Selection) -> Tensor:
+    def added(self, inputs: Tensor, output: Tensor, bank: Bank, selection: Selection) -> Tensor:
         """s (A ⊗ B) x for the rows of a selection with one adapter each."""
-        x = selection.take(inputs)
-        self.show(x)
-        if self.training:
-            kept = dropout_of([self.configs[slot].dropout for slot in selection.slots], selection.index, x.shape)
-            x = x if kept is None else x * kept.to(x.dtype)
+        del output
+        x = self.taken(inputs, selection)
         used = self.used(bank, selection)
         own = used.index[:, 0]
         a, b = (tensor[own] for tensor in used.tensors)

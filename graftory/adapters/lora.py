@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from graftory.adapter import Adapter
 from graftory.adapters.architectures import linear_widths, module_at
 from graftory.adapters.bank import Bank
-from graftory.adapters.banked_site import dropout_of
 from graftory.adapters.fusion_math import Source
 from graftory.adapters.fusion_site import FusableSite, named
 from graftory.adapters.method import Method
@@ -57,6 +56,10 @@ class LoraSite(FusableSite[LoraConfig]):
         """See `BankedSite.scale_of`."""
         return config.scale_of(path)
 
+    def rate_of(self, config: LoraConfig) -> float:
+        """See `BankedSite.rate_of`."""
+        return config.dropout
+
     def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         route = self.route()
         if route is None:
@@ -76,11 +79,7 @@ class LoraSite(FusableSite[LoraConfig]):
 
     def _update(self, inputs: Tensor, bank: Bank, selection: Selection) -> Tensor:
         """What the plain adapters add to their rows of the inputs."""
-        x = selection.take(inputs)
-        self.show(x)
-        if self.training:
-            kept = dropout_of([self.configs[slot].dropout for slot in selection.slots], selection.index, x.shape)
-            x = x if kept is None else x * kept.to(x.dtype)
+        x = self.taken(inputs, selection)
         used = self.used(bank, selection)
         a, b, *_ = used.tensors
         return batched_lora(x, a, b, used.scale, used.routing, selection.weights, ranks=used.sizes)

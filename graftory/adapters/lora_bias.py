@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from graftory.adapters.adding_site import VectorSite
 from graftory.adapters.architectures import head_paths, is_linear, linear_widths, module_at
-from graftory.adapters.banked_site import BankedSite, summed
+from graftory.adapters.banked_site import Used
 from graftory.adapters.bitfit import bias_of
 from graftory.adapters.lora import LORA, LoraSite
 from graftory.adapters.method import Method
-from graftory.adapters.route import Route
 from graftory.adapters.targets import linear_targets
 from graftory.config import AdapterConfig, LoraBiasConfig, LoraConfig, LowRankConfig
 from graftory.errors import UnsupportedAdapterError
@@ -53,34 +53,7 @@ class LoneBias(AdapterConfig):
     parts: ClassVar[tuple[str, ...]] = (BIAS,)
 
 
-class _VectorSite(BankedSite[Any]):
-    """Vectors that are added to what a module returns."""
-
-    # behind a bottleneck at the same LayerNorm, which runs the norm again without hooks
-    order: ClassVar[int] = 1
-
-    def install(self, model: PreTrainedModel) -> None:
-        """Add to what the module returns."""
-        del model
-        self.listen(self._hook)
-
-    def added(self, vectors: Tensor, scale: Tensor) -> Tensor:
-        """What is added for each adapter, [K, d], of its vectors and scale [K]."""
-        return vectors * scale[:, None].to(vectors.dtype)
-
-    def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        del args
-        route: Route | None = self.route()
-        changed = output
-        for bank, selection in self.selections(route, output) if route is not None else ():
-            used = self.used(bank, selection)
-            delta = summed(self.added(used.tensors[0], used.scale), used.index, selection.weights)
-            middle = [1] * (output.dim() - 2)
-            changed = selection.add(changed, delta.view(len(delta), *middle, -1).expand_as(selection.take(output)))
-        return None if changed is output else changed
-
-
-class UpBiasSite(_VectorSite):
+class UpBiasSite(VectorSite[UpBias]):
     """s c of each adapter."""
 
     padded: ClassVar = {UP_BIAS: 0}
@@ -95,8 +68,12 @@ class UpBiasSite(_VectorSite):
         del path
         return config.scale
 
+    def vectors(self, used: Used) -> Tensor:
+        """See `VectorSite.vectors`."""
+        return used.tensors[0] * used.scale[:, None].to(used.tensors[0].dtype)
 
-class OwnBiasSite(_VectorSite):
+
+class OwnBiasSite(VectorSite[AdapterConfig]):
     """b' - b of each adapter."""
 
     padded: ClassVar = {OWN: 0}
@@ -113,10 +90,9 @@ class OwnBiasSite(_VectorSite):
             )
         return dict.fromkeys(config.parts, tuple(bias_of(self.module, self.path).shape))
 
-    def added(self, vectors: Tensor, scale: Tensor) -> Tensor:
-        """See `_VectorSite.added`."""
-        del scale
-        return vectors - bias_of(self.module, self.path).to(vectors.dtype)
+    def vectors(self, used: Used) -> Tensor:
+        """See `VectorSite.vectors`."""
+        return used.tensors[0] - bias_of(self.module, self.path).to(used.tensors[0].dtype)
 
 
 class LoneBiasSite(OwnBiasSite):

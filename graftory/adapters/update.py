@@ -13,13 +13,14 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from graftory.adapters.adding_site import AddingSite, VectorSite, beside
 from graftory.adapters.architectures import linear_widths
 from graftory.adapters.bank import Bank
-from graftory.adapters.banked_site import BankedSite, summed
+from graftory.adapters.banked_site import summed
 from graftory.adapters.bitfit import bias_of
 from graftory.adapters.dora import linear_weight
 from graftory.adapters.method import Method
@@ -31,16 +32,10 @@ from graftory.kernels import batched_lora
 A, B, ROWS, COLUMNS, BIAS = UpdateConfig.parts
 
 
-class UpdateSite(BankedSite[UpdateConfig]):
+class UpdateSite(AddingSite[UpdateConfig]):
     """Updates at one linear layer: A [r, d_in], B [d_out, r], p [d_out], q [d_in], Δb [d_out] of each adapter."""
 
     padded: ClassVar = {A: 0, B: 1, ROWS: 0, COLUMNS: 0, BIAS: 0}
-    order: ClassVar[int] = -2
-
-    def install(self, model: PreTrainedModel) -> None:
-        """Add to what the linear layer returns, as LoRA does."""
-        del model
-        self.listen(self._hook)
 
     def shapes(self, config: UpdateConfig, path: str) -> Mapping[str, tuple[int, ...]]:
         """[r, d_in], [d_out, r], [d_out], [d_in] and [d_out]."""
@@ -48,21 +43,15 @@ class UpdateSite(BankedSite[UpdateConfig]):
         rank = config.rank_of(path)
         return {A: (rank, inputs), B: (outputs, rank), ROWS: (outputs,), COLUMNS: (inputs,), BIAS: (outputs,)}
 
-    def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        route = self.route()
-        changed = output
-        for bank, selection in self.selections(route, output) if route is not None else ():
-            changed = selection.add(changed, self._update(args[0], bank, selection))
-        return None if changed is output else changed
-
-    def _update(self, inputs: Tensor, bank: Bank, selection: Selection) -> Tensor:
+    def added(self, inputs: Tensor, output: Tensor, bank: Bank, selection: Selection) -> Tensor:
         """Σ w (B A x + p ⊙ (W x) + W (q ⊙ x) + Δb) for the rows of a selection."""
-        x = selection.take(inputs)
-        self.show(x)
+        del output
+        x = self.taken(inputs, selection)
         used = self.used(bank, selection)
         a, b, *vectors = used.tensors
         update = batched_lora(x, a, b, used.scale, used.routing, selection.weights, ranks=used.sizes)
-        rows, columns, bias = (_each(vector, used.index, selection.weights, x) for vector in vectors)
+        mixed = (summed(vector, used.index, selection.weights) for vector in vectors)
+        rows, columns, bias = (beside(vector, x).to(x.dtype) for vector in mixed)
         configs = [self.configs[slot] for slot in selection.slots]
         if any(config.rows for config in configs):
             update = update + rows * functional.linear(x, linear_weight(self.module, self.path))
@@ -71,17 +60,10 @@ class UpdateSite(BankedSite[UpdateConfig]):
         return update + bias
 
 
-class BiasSite(BankedSite[UpdateConfig]):
+class BiasSite(VectorSite[UpdateConfig]):
     """What is added to the bias of one module, where nothing else changes: Δb [d] of each adapter."""
 
     padded: ClassVar = {BIAS: 0}
-    # behind a bottleneck at the same LayerNorm, as BitFit is
-    order: ClassVar[int] = 1
-
-    def install(self, model: PreTrainedModel) -> None:
-        """Add to what the module returns."""
-        del model
-        self.listen(self._hook)
 
     def shapes(self, config: UpdateConfig, path: str) -> Mapping[str, tuple[int, ...]]:
         """[d], as the bias."""
@@ -92,23 +74,6 @@ class BiasSite(BankedSite[UpdateConfig]):
         """See `Site.parts`."""
         del slot
         return (BIAS,)
-
-    def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        del args
-        route = self.route()
-        changed = output
-        for bank, selection in self.selections(route, output) if route is not None else ():
-            used = self.used(bank, selection)
-            rows = selection.take(output)
-            more = _each(used.tensors[0], used.index, selection.weights, rows)
-            changed = selection.add(changed, more.expand_as(rows))
-        return None if changed is output else changed
-
-
-def _each(vectors: Tensor, index: Tensor, weights: Tensor | None, x: Tensor) -> Tensor:
-    """The weighted sum of each row's vectors, [E, 1, ..., d], beside inputs [E, ..., d]."""
-    found = summed(vectors, index, weights)
-    return found.view(len(found), *[1] * (x.dim() - 2), -1).to(x.dtype)
 
 
 def _resolve(model: PreTrainedModel, config: UpdateConfig) -> tuple[str, ...]:

@@ -83,12 +83,6 @@ def _at_least(config: object, least: float, *names: str) -> None:
             raise ConfigError(f"{name}: got {value}, wanted {least} or more")
 
 
-def _check_patterns(config: LohaConfig | LokrConfig) -> None:
-    for rank in config.rank_pattern.values():
-        if rank < 1:
-            raise ConfigError(f"rank: got {rank}, wanted 1 or more")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaloraConfig(PeftConfig):
     """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): W + s B diag(E) A, whose ranks shrink where they matter least."""
@@ -168,17 +162,13 @@ class AdaloraConfig(PeftConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LohaConfig(PeftConfig):
-    """LoHa (Hyeon-Woo et al. 2022, arXiv:2108.06098): ΔW = s (A₁ B₁) ⊙ (A₂ B₂), s = alpha / r."""
+class _ProductConfig(PeftConfig):
+    """What LoHa and LoKr share: updates that are products of more than two factors."""
 
-    method: ClassVar[str] = "loha"
-    parts: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    peft_type: ClassVar[str] = "LOHA"
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
-    forms: ClassVar[tuple[tuple[str, ...], ...]] = (parts,)
     fixed: ClassVar[Mapping[str, Json]] = {**_PLACES, "init_weights": True, "use_effective_conv2d": False}
 
-    rank: int = peft_option("r", "rank r of both products; that of the update is up to its square", 8)
+    rank: int = peft_option("r", "rank r of each product", 8)
     alpha: float = peft_option("alpha", "scale: s = alpha / rank", 8.0)
     rank_dropout: float = peft_option("rank_dropout", "rows of the update dropped while training", 0.0)
     module_dropout: float = peft_option("module_dropout", "how often a module's update is left out while training", 0.0)
@@ -189,7 +179,9 @@ class LohaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "rank")
-        _check_patterns(self)
+        for rank in self.rank_pattern.values():
+            if rank < 1:
+                raise ConfigError(f"rank: got {rank}, wanted 1 or more")
         check_rate("rank_dropout", self.rank_dropout)
         check_rate("module_dropout", self.module_dropout)
 
@@ -199,44 +191,40 @@ class LohaConfig(PeftConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LokrConfig(PeftConfig):
+class LohaConfig(_ProductConfig):
+    """LoHa (Hyeon-Woo et al. 2022, arXiv:2108.06098): ΔW = s (A₁ B₁) ⊙ (A₂ B₂), s = alpha / r."""
+
+    method: ClassVar[str] = "loha"
+    parts: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    peft_type: ClassVar[str] = "LOHA"
+    forms: ClassVar[tuple[tuple[str, ...], ...]] = (parts,)
+
+    rank: int = peft_option("r", "rank r of both products; that of the update is up to its square", 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LokrConfig(_ProductConfig):
     """LoKr (Yeh et al. 2024, arXiv:2309.14859): ΔW = s C ⊗ D, either of them whole or a product of rank r."""
 
     method: ClassVar[str] = "lokr"
     parts: ClassVar[tuple[str, ...]] = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
     peft_type: ClassVar[str] = "LOKR"
-    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     forms: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("lokr_w1", "lokr_w2"),
         ("lokr_w1", "lokr_w2_a", "lokr_w2_b"),
         ("lokr_w1_a", "lokr_w1_b", "lokr_w2"),
         ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"),
     )
-    fixed: ClassVar[Mapping[str, Json]] = {**_PLACES, "init_weights": True, "use_effective_conv2d": False}
 
     rank: int = peft_option("r", "rank r of the second factor, and of the first with --decompose-both", 8)
-    alpha: float = peft_option("alpha", "scale: s = alpha / rank", 8.0)
     decompose_both: bool = peft_option("decompose_both", "make the first factor a product of rank r too", False)
     decompose_factor: int = peft_option("decompose_factor", "largest side of the first factor; -1: any", -1)
-    rank_dropout: float = peft_option("rank_dropout", "rows of the update dropped while training", 0.0)
     rank_dropout_scale: bool = peft_option("rank_dropout_scale", "scale up the rows that are left", False)
-    module_dropout: float = peft_option("module_dropout", "how often a module's update is left out while training", 0.0)
-    rank_pattern: Mapping[str, int] = _peft_pattern("rank_pattern")
-    """Rank of single modules where it differs from `rank`, by explicit path."""
-    alpha_pattern: Mapping[str, float] = _peft_pattern("alpha_pattern")
-    """Alpha of single modules where it differs from `alpha`, by explicit path."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "rank")
-        _check_patterns(self)
-        check_rate("rank_dropout", self.rank_dropout)
-        check_rate("module_dropout", self.module_dropout)
+        _ProductConfig.__post_init__(self)
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             raise ConfigError(f"decompose_factor: got {self.decompose_factor}, wanted -1, or 1 or more")
-
-    def scale_of(self, path: str) -> float:
-        """The factor s at one module."""
-        return self.alpha_pattern.get(path, self.alpha) / self.rank_pattern.get(path, self.rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graftory.compose.merge.base import Body, MergeMethod
-from graftory.compose.merge.delta import Delta, total
-from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites, summed
-from graftory.compose.merge.spectrum import CoreParameters, cut
+from graftory.compose.merge.sites import LINEAR_METHODS
+from graftory.compose.merge.spectrum import CoreParameters
+from graftory.compose.merge.weighted import weighted_sum
 from graftory.config import option
 from graftory.errors import MergeError
 
@@ -42,11 +42,7 @@ def adamerging(bodies: Sequence[Body], weights: Sequence[float], parameters: Ada
     Raises:
         MergeError: If all weights are 0 or shapes disagree.
     """
-
-    def merged(site: Site) -> Delta:
-        return cut(total(site.deltas, site.weights), parameters.rank).scaled(parameters.scaling)
-
-    return merge_sites(bodies, weights, merged, vectors=summed(parameters.scaling), factored=False)
+    return weighted_sum(bodies, weights, parameters.rank, parameters.scaling)
 
 
 ADAMERGING = MergeMethod(

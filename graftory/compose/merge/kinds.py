@@ -5,14 +5,14 @@ What is not linear has no ΔW and no row here. A new method brings one function
     (config, path, tensors, originals) -> Delta
 
 of its own configuration class, one of its targets, all tensors of the adapter but the head's (by their names in
-`Adapter.tensors`), and the base's modules. The function must be exact, in float32 or better, and must not multiply
-factors out where it need not. `originals(path)` gives W and b; a method that asks for them says so in `needs_base`, so
-that callers know that a base has to be loaded.
+`Adapter.tensors`), and the base's modules. The function must be exact in the type of those tensors, float32 to merge
+and float64 to fold, and must not multiply factors out where it need not. `originals(path)` gives W and b; a method
+that asks for them says so in `needs_base`, so that callers know that a base has to be loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,7 +69,7 @@ class Kind:
 
 def lora(config: LowRankConfig, path: str, tensors: Mapping[str, Tensor], _: Originals) -> Delta:
     """s B A as (s B, A): rank, alpha, rsLoRA and patterns are all in the scale s."""
-    a, b = (tensors[f"{path}.lora_{side}.weight"].float() for side in "AB")
+    a, b = (tensors[f"{path}.lora_{side}.weight"] for side in "AB")
     return Delta(b * config.scale_of(path), a)
 
 
@@ -77,14 +77,14 @@ def lora_bias(config: LoraBiasConfig, path: str, tensors: Mapping[str, Tensor], 
     """s B A, and Δb = s c + b' − b with the parts that are there."""
     vectors = []
     for part in config.parts_at(path)[0 if path in config.bias_only else 2 :]:
-        vector = tensors[f"{path}.{part}"].float()
+        vector = tensors[f"{path}.{part}"]
         if part == config.parts[2]:
             vectors.append(vector * config.scale_of(path))
             continue
         base = originals(path).bias
         if base is None or base.shape != vector.shape:
             raise MergeError(f"{path}: a bias of {tuple(vector.shape)} that the base lacks; are they of one base?")
-        vectors.append((vector.double() - base.double()).float())
+        vectors.append((vector.double() - base.double()).to(vector.dtype))
     bias = torch.stack(vectors).sum(0) if vectors else None
     if path in config.bias_only:
         assert bias is not None
@@ -104,32 +104,34 @@ def dora(config: DoraConfig, path: str, tensors: Mapping[str, Tensor], originals
             for start in range(0, weight.shape[0], step)
         ]
     )
-    factors = tensors[f"{path}.{DoraConfig.parts[2]}"].double() / norms
-    rows = (factors - 1).float()
-    return Delta((factors[:, None] * b).float(), a.float(), Scaling(weight, rows, rows.new_zeros(weight.shape[1])))
+    magnitude = tensors[f"{path}.{DoraConfig.parts[2]}"]
+    factors = magnitude.double() / norms
+    rows, left, right = (each.to(magnitude.dtype) for each in (factors - 1, factors[:, None] * b, a))
+    return Delta(left, right, Scaling(weight, rows, rows.new_zeros(weight.shape[1])))
 
 
 def ia3(config: Ia3Config, path: str, tensors: Mapping[str, Tensor], originals: Originals) -> Delta:
     """diag(l − 1) W and (l − 1) b where what the module returns is scaled, W diag(l − 1) where what it reads is."""
-    vector = tensors[f"{path}.{Ia3Config.parts[0]}"].double().flatten() - 1
+    given = tensors[f"{path}.{Ia3Config.parts[0]}"].flatten()
+    vector = given.double() - 1
     original = originals(path)
     d_out, d_in = original.weight.shape
     reads = path in config.feedforward
     _fitting(original, path, *((None, len(vector)) if reads else (len(vector), None)))
-    more = vector.float()
+    more = vector.to(given.dtype)
     none = more.new_zeros(d_out if reads else d_in)
     scaling = Scaling(original.weight, *((none, more) if reads else (more, none)))
-    bias = None if reads or original.bias is None else (vector * original.bias.double()).float()
+    bias = None if reads or original.bias is None else (vector * original.bias.double()).to(given.dtype)
     return Delta(more.new_zeros(d_out, 0), more.new_zeros(0, d_in), scaling, bias)
 
 
 def update(config: UpdateConfig, path: str, tensors: Mapping[str, Tensor], originals: Originals) -> Delta:
     """B A + diag(p) W + W diag(q), and Δb."""
-    bias = tensors[f"{path}.bias_delta"].float()
+    bias = tensors[f"{path}.bias_delta"]
     if path in config.bias_only:
         return of_bias(bias)
-    a, b = (tensors[f"{path}.lora_{side}.weight"].float() for side in "AB")
-    rows, columns = (tensors[f"{path}.{side}_scale"].float() for side in ("row", "column"))
+    a, b = (tensors[f"{path}.lora_{side}.weight"] for side in "AB")
+    rows, columns = (tensors[f"{path}.{side}_scale"] for side in ("row", "column"))
     if not (bool(rows.any()) or bool(columns.any())):
         return Delta(b, a, bias=bias)
     weight = _fitting(originals(path), path, *_sides(path, tensors)).weight
@@ -138,12 +140,12 @@ def update(config: UpdateConfig, path: str, tensors: Mapping[str, Tensor], origi
 
 def bitfit(_config: BitfitConfig, path: str, tensors: Mapping[str, Tensor], _: Originals) -> Delta:
     """δ of a linear layer or a norm."""
-    return of_bias(tensors[f"{path}.{BitfitConfig.parts[0]}"].float())
+    return of_bias(tensors[f"{path}.{BitfitConfig.parts[0]}"])
 
 
 def krona(config: KronaConfig, path: str, tensors: Mapping[str, Tensor], _: Originals) -> Delta:
     """s A ⊗ B = (s L_A ⊗ L_B)(R_A ⊗ R_B), where A = L_A R_A and B = L_B R_B with the thinner side left as it is."""
-    (left_a, right_a), (left_b, right_b) = (_thin(tensors[f"{path}.{part}"].float()) for part in KronaConfig.parts)
+    (left_a, right_a), (left_b, right_b) = (_thin(tensors[f"{path}.{part}"]) for part in KronaConfig.parts)
     return Delta(config.strength * torch.kron(left_a, left_b), torch.kron(right_a, right_b))
 
 
@@ -189,7 +191,33 @@ def check_linear(body: Body) -> Kind:
 
 def delta_at(body: Body, path: str) -> Delta:
     """The update of one adapter at one of its targets, in fp32."""
-    return KINDS[type(body.config)].delta(body.config, path, body.tensors, body.originals)
+    return delta_in(torch.float32, body.config, path, body.tensors, body.originals)
+
+
+def delta_in(
+    dtype: torch.dtype, config: AdapterConfig, path: str, tensors: Mapping[str, Tensor], originals: Originals
+) -> Delta:
+    """The same in another type, for a configuration and its tensors."""
+    return KINDS[type(config)].delta(config, path, _Typed(tensors, dtype), originals)
+
+
+class _Typed(Mapping[str, Tensor]):
+    """Tensors of another type, converted as they are asked for: a module asks for few of them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._tensors, self._dtype = tensors, dtype
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._tensors[key].to(self._dtype)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _thin(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from graftory.compose.merge.base import Body, MergeMethod, MergeParameters, check_rank
 from graftory.compose.merge.bottleneck import concatenate
-from graftory.compose.merge.delta import Delta, total
-from graftory.compose.merge.sites import LINEAR_METHODS, Site, merge_sites, summed, taking_part
-from graftory.compose.merge.spectrum import cut
+from graftory.compose.merge.sites import LINEAR_METHODS, taking_part
+from graftory.compose.merge.weighted import weighted_sum
 from graftory.config import option
 from graftory.errors import MergeError
 
@@ -39,11 +38,7 @@ def linear(bodies: Sequence[Body], weights: Sequence[float], parameters: LinearP
                 "(the merged bottleneck has all hidden units)"
             )
         return concatenate(*taking_part(bodies, weights))
-
-    def merged(site: Site) -> Delta:
-        return cut(total(site.deltas, site.weights), parameters.rank)
-
-    return merge_sites(bodies, weights, merged, vectors=summed(), factored=False)
+    return weighted_sum(bodies, weights, parameters.rank)
 
 
 LINEAR = MergeMethod(
