@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graftory.kernels import batched_bottleneck, batched_lora
+from graftory.kernels import Routing, batched_bottleneck, batched_lora
 from graftory.kernels.shapes import stack_padded
+from graftory.kernels.tiles import cut
 
 INDEX = torch.tensor([2, -1, 0, 0, 1, -1, 2])
 
@@ -107,3 +108,14 @@ def test_gradients_are_the_same_bits_every_time(adapters: int) -> None:
         assert all(torch.equal(a, b) for _ in range(30) for a, b in zip(first, gradients(), strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_routing_keeps_the_tiles_of_few_shapes_and_gives_the_same_again() -> None:
+    routing = Routing(torch.tensor([1, -1, 0]))
+    first = routing.tiles(4, 2, 16)
+    assert routing.tiles(4, 2, 16) is first
+    assert torch.equal(first.order, cut(torch.tensor([1, -1, 0]).repeat_interleave(4), 2, 16).order)
+    shapes = [routing.tiles(tokens, 2, 16) for tokens in range(5, 40)]
+    assert routing.tiles(39, 2, 16) is shapes[-1]
+    assert len(routing._tiles) == 16
+    assert torch.equal(routing.tiles(4, 2, 16).order, first.order)

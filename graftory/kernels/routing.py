@@ -7,6 +7,9 @@ from torch import Tensor
 from graftory.kernels.shapes import check, check_shape
 from graftory.kernels.tiles import Tiles, cut
 
+_KEPT = 16
+"""Shapes whose tiles are kept."""
+
 
 class Routing:
     """The choices of a batch. On a GPU, to sort a batch by adapter costs more than a layer of many: it is kept here.
@@ -28,6 +31,8 @@ class Routing:
         """The entries, a row's T tokens times its M places, cut for a kernel. See `tiles.cut`."""
         key = tokens, adapters, size
         if key not in self._tiles:
+            if len(self._tiles) == _KEPT:  # generation without a cache has another length at every step
+                self._tiles.pop(next(iter(self._tiles)))
             self._tiles[key] = cut(self.entries(tokens), adapters, size)
         return self._tiles[key]
 
