@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from scipy.spatial.distance import mahalanobis
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -16,6 +18,7 @@ from graftory.adapter import Adapter
 from graftory.continual.evaluation import TestSet, mixture_right, routed_cell
 from graftory.continual.router import ABSTAIN, Router, RouterSettings
 from graftory.continual.router_file import load_router, save_router
+from graftory.continual.router_view import bound
 from graftory.continual.strategies import Answer
 from graftory.continual.triangle import packed, unpacked
 from graftory.errors import ConfigError, CorruptAdapterError, ShapeError
@@ -54,7 +57,7 @@ def covariance(router: Router) -> Tensor:
 
 
 def bounds(router: Router) -> Tensor:
-    return router.view.bounds(router.settings.shrinkage)
+    return router.view.bounds(router.settings.shrinkage, router.settings.quantile)
 
 
 def chosen(router: Router, rows: Tensor) -> list[int]:
@@ -138,6 +141,26 @@ def test_the_bound_is_the_quantile_of_validation_distances_even_after_later_task
         distances = sorted((mahalanobis(row.numpy(), mean, inverse) ** 2 for row in validation[i]), reverse=True)
         assert float(bounds(router)[i]) == pytest.approx(distances[2])  # 2 of 200 lie outside 99 %
     assert all(len(task.tail) < 20 for task in router.view.tasks)
+
+
+def test_a_bound_finer_than_the_rows_can_tell_goes_on_with_their_tail() -> None:
+    # 101 draws from an exponential tail by its quantiles: of mean 2, behind 5
+    ranks = torch.arange(1, 102, dtype=torch.float64)
+    tail = 5 - 2 * torch.log(ranks / 101.5)
+    assert bound(tail, 1000, 0.99) == float(tail[10])  # 10 of 1,000 outside
+    fine = bound(
+        tail, 1000, 0.9999
+    )  # a tenth of a row in 1,000: ln(101.5 / 0.1) · 2 behind 5, but for the mean's error
+    assert fine == pytest.approx(5 + 2 * math.log(101.5 / 0.1), rel=0.03)
+    assert fine > float(tail[0])
+    assert bound(tail[:1], 3, 0.999) == float(tail[0])  # one row has no tail to go on with
+    # fresh rows of the same kind: at 0.999 about 1 in 1,000 is beyond, where the farthest of 100 lets 1 in 100 out
+    generator = np.random.default_rng(0)
+    beyond = []
+    for _ in range(300):
+        rows = torch.from_numpy(np.sort(generator.chisquare(20, 100))[::-1][:16].copy())
+        beyond.append(float(scipy.stats.chi2.sf(bound(rows, 100, 0.999), 20)))
+    assert 2e-4 < np.mean(beyond) < 2.5e-3
 
 
 def test_foreign_rows_abstain_and_validation_rows_do_not() -> None:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from graftory.commands.output import json_option, print_json, print_table
+from graftory.commands.output import json_option, print_json, print_table, working
+from graftory.schema import Json
 
 if TYPE_CHECKING:
-    from graftory.continual import Event, Report, RouterSettings, StudyReport
+    from graftory.continual import Asked, Event, Report, RouterSettings, StudyReport
     from graftory.continual.state import Commit
 
 
@@ -166,6 +167,58 @@ def compare(folders: tuple[Path, ...], reference: str | None, as_json: bool) -> 
             click.echo()
 
 
+@command.command("predict")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("texts", metavar="TEXT...", nargs=-1)
+@click.option(
+    "--file", type=click.Path(path_type=Path), help="File of texts, one a line; a tab parts the two texts of a pair."
+)
+@click.option("--pair", "pairs", multiple=True, help="Second text of a TEXT, in the same order; may be repeated.")
+@click.option("--task", help="The task that the texts are of. [default: found by the run]")
+@json_option
+@click.pass_obj
+def predict(
+    registry: str | None,
+    folder: Path,
+    texts: tuple[str, ...],
+    file: Path | None,
+    pairs: tuple[str, ...],
+    task: str | None,
+    as_json: bool,
+) -> None:
+    """Answer texts by all that a run has learnt; which task a text is of need not be said.
+
+    The run's router finds the task, with its certainty, and that task's adapter answers; a text that looks like no
+    task of the run gets no answer. Strategies without a router (seq, o-lora, ...) need --task, unless all tasks have
+    the same labels (scenario: domain).
+
+    \b
+    Example:
+      hub continual predict support-isolated "Where is my parcel?" "How far is the moon?"
+      hub continual predict support-isolated --file questions.txt --json
+      hub continual predict support-seq --task trec "How far is the moon?"
+    """
+    from graftory.commands.predict import cell, inputs_of
+    from graftory.continual import LearntRun
+    from graftory.hub import Hub
+
+    inputs = inputs_of(texts, pairs, file)
+    hub = Hub.open(registry)
+    with working(f"loading {folder}"):
+        run = LearntRun.open(folder, hub)
+    with working(f"answering {len(inputs)} texts"):
+        found = [asked_row(asked) for asked in run.ask(inputs, task=task)]
+    if as_json:
+        print_json([{"text": text, **row} for text, row in zip(inputs, found, strict=True)])
+        return
+    columns = [key for key in dict.fromkeys(key for row in found for key in row) if key != "probabilities"]
+    rows = [
+        (*("–" if row.get(key) is None else cell(row[key]) for key in columns), cell(text))
+        for text, row in zip(inputs, found, strict=True)
+    ]
+    print_table((*columns, "text"), rows)
+
+
 @command.command("status")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @json_option
@@ -242,6 +295,14 @@ def with_parameters(parameters: Mapping[str, Any], changes: Sequence[str], optio
 
 def _gate(commit: Commit) -> str:
     return "accepted" if commit.accepted else f"rejected: {commit.fell} {-100 * commit.drop:+.1f} points"
+
+
+def asked_row(asked: Asked) -> dict[str, Json]:
+    """What a run says of a text, by name."""
+    from graftory.commands.predict import answer
+
+    said = {"task": asked.task, "certainty": asked.certainty}
+    return said if asked.prediction is None else {**said, **answer(asked.prediction)}
 
 
 def announce(event: Event, total: int, before: str = "") -> None:

@@ -101,6 +101,8 @@ def answer(row: Prediction) -> dict[str, Json]:
     if row.label is not None and row.probabilities is not None:
         probability = row.probabilities[row.label]
         return {"label": row.label, "probability": probability, "probabilities": row.probabilities}
+    if row.label is not None:
+        return {"label": row.label}
     return {"value": row.value} if row.value is not None else {"written": row.text}
 
 

@@ -1,5 +1,6 @@
 """Tasks one after another: sequences, strategies, the runner, the router, metrics and reports."""
 
+from graftory.continual.asking import Asked, LearntRun
 from graftory.continual.compare import Difference, paired_differences
 from graftory.continual.metrics import Summary, summarise
 from graftory.continual.report import Report, Routing, TaskResult, load_report
@@ -14,8 +15,10 @@ from graftory.continual.study import Spread, Study, StudyReport, load_study, run
 __all__ = [
     "PLUGINS",
     "STRATEGIES",
+    "Asked",
     "Difference",
     "Event",
+    "LearntRun",
     "Limits",
     "Plugin",
     "Report",

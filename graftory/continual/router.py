@@ -33,8 +33,8 @@ class RouterSettings:
         (),
     )
     centroids: int = option("k-means centroids of a task without labels; one with labels has a centroid for each", 5)
-    shrinkage: float = option("share of the mean variance added to the scatter's diagonal", 1e-3)
-    quantile: float = option("share of a task's validation rows inside its bound; 1 never abstains", 0.999)
+    shrinkage: float = option("share of the mean variance added to the scatter's diagonal", 0.1)
+    quantile: float = option("share of a task's own rows inside its bound; 1 never abstains", 0.999)
     answer: Literal["best", "mixture"] = option(
         "what answers where tasks share their labels: the best task, or all by their posterior", "best"
     )
@@ -170,7 +170,7 @@ class Router:
         best = scores.log.argmax(1)
         distance = scores.distance.gather(1, best[:, None])[:, 0]
         # a row exactly on the bound is inside; the margin absorbs rounding of the same row computed twice
-        foreign = distance > view.bounds(shrinkage)[best] * (1 + 1e-9)
+        foreign = distance > view.bounds(shrinkage, self.settings.quantile)[best] * (1 + 1e-9)
         return Choice(torch.where(foreign, torch.full_like(best, ABSTAIN), best), scores.log, distance)
 
     def _check(self, features: Tensor, what: str) -> None:

@@ -17,14 +17,14 @@ from graftory.continual.triangle import packed, unpacked
 from graftory.errors import CorruptAdapterError
 from graftory.schema import canonical, decode
 
-_FORMAT = "graftory-router-2"
+_FORMAT = "graftory-router-3"
 _PARTS = ("centroids", "shares", "tail")
 
 
 @dataclass(frozen=True, slots=True)
 class _TaskHeader:
     name: str
-    outside: int
+    validated: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def save_router(router: Router, path: Path) -> None:
         for i, task in enumerate(view.tasks):
             values = (task.centroids, task.shares, task.tail)
             tensors |= {f"{v}.{i}.{part}": value.contiguous() for part, value in zip(_PARTS, values, strict=True)}
-    tasks = tuple(_TaskHeader(task.name, task.outside) for task in (router.views[0].tasks if router.views else ()))
+    tasks = tuple(_TaskHeader(task.name, task.validated) for task in (router.views[0].tasks if router.views else ()))
     views = tuple(_ViewHeader(view.layers, view.rows, view.right) for view in router.views)
     header = _Header(_FORMAT, router.settings, tasks, views, router.held_out)
     write_atomically(path, save(tensors, metadata={"graftory": canonical(header).decode()}))
@@ -85,7 +85,7 @@ def _view(header: _Header, v: int, tensors: dict[str, Tensor]) -> View:
     tasks = []
     for i, task in enumerate(header.tasks):
         centroids, shares, tail = (tensors[f"{v}.{i}.{part}"] for part in _PARTS)
-        tasks.append(RoutedTask(task.name, centroids, shares, tail, task.outside))
+        tasks.append(RoutedTask(task.name, centroids, shares, tail, task.validated))
     triangle: Tensor | None = tensors.get(f"{v}.scatter")
     scatter = None if triangle is None else unpacked(triangle)
     own = header.views[v]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,8 +24,8 @@ class RoutedTask:
     """Share of the task's rows at each centroid, [k] fp64."""
     tail: Tensor
     """The farthest validation rows, farthest first when the task was added, [m, d]; empty = no bound."""
-    outside: int
-    """How many validation rows lie outside the bound."""
+    validated: int
+    """Of how many validation rows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,9 +100,9 @@ class View:
         grown = replace(grown, right=self.right + int((scores.log.argmax(1) == len(self.tasks)).sum()))
         if quantile == 1:
             return grown
-        outside = int((1 - quantile) * len(validation) + 1e-9)
-        farthest = scores.distance[:, -1].argsort(descending=True)[: max(_TAIL_ROWS, 2 * outside + 1)]
-        bounded = replace(task, tail=validation[farthest], outside=outside)
+        kept = max(_TAIL_ROWS, 2 * _outside(quantile, len(validation)) + 1)
+        farthest = scores.distance[:, -1].argsort(descending=True)[:kept]
+        bounded = replace(task, tail=validation[farthest], validated=len(validation))
         return replace(grown, tasks=(*self.tasks, bounded))
 
     def covariance(self, shrinkage: float) -> Tensor:
@@ -116,19 +117,13 @@ class View:
         pooled.diagonal().add_(shrinkage * pooled.diagonal().mean())
         return pooled
 
-    def bounds(self, shrinkage: float) -> Tensor:
-        """Each task's squared distance beyond which a row is foreign, under the scatter as it is now, [T].
-
-        With n validation rows it is the distance of the (⌊(1 − quantile) n⌋ + 1)-th farthest.
-        """
+    def bounds(self, shrinkage: float, quantile: float) -> Tensor:
+        """Each task's squared distance beyond which a row is foreign, under the present scatter, [T]; see `bound`."""
         lower = torch.linalg.cholesky(self.covariance(shrinkage))
         bounds = []
         for task in self.tasks:
-            if len(task.tail) == 0:
-                bounds.append(float("inf"))
-                continue
-            distances = _distances(task.tail.double(), task, lower).sort(descending=True).values
-            bounds.append(float(distances[min(task.outside, len(distances) - 1)]))
+            distances = _distances(task.tail.double(), task, lower) if len(task.tail) else None
+            bounds.append(float("inf") if distances is None else bound(distances, task.validated, quantile))
         return torch.tensor(bounds, dtype=torch.float64)
 
     def scores(self, features: Tensor, shrinkage: float) -> Scores:
@@ -152,6 +147,33 @@ class View:
             log.append((linear + task.shares.log()).logsumexp(1))
             distance.append(_distances(features, task, lower))
         return Scores(torch.stack(log, 1), torch.stack(distance, 1))
+
+
+def bound(tail: Tensor, rows: int, quantile: float) -> float:
+    """The distance that a share `quantile` of a task's own rows stays within.
+
+    With n validation rows it is the distance of the (⌊(1 − quantile) n⌋ + 1)-th farthest. Where (1 − quantile) n < 1 it
+    lies beyond all of them: the farthest of n rows is passed by one new row in n. Then the tail goes on as an
+    exponential one, u + μ ln(k / ((1 − quantile) n)), u the (k+1)-th largest distance and μ the mean excess over it of
+    the k larger ones (Pickands 1975, with shape 0), and at least to the farthest row.
+
+    Args:
+        tail: The largest distances of n rows, in any order, [k + 1].
+        rows: n.
+        quantile: Below 1.
+    """
+    distances = tail.sort(descending=True).values
+    outside = (1 - quantile) * rows
+    if _outside(quantile, rows) >= 1 or len(distances) < 2:
+        return float(distances[min(_outside(quantile, rows), len(distances) - 1)])
+    threshold, count = distances[-1], len(distances) - 1
+    excess = float((distances[:-1] - threshold).mean())
+    return max(float(distances[0]), float(threshold) + excess * math.log(count / outside))
+
+
+def _outside(quantile: float, rows: int) -> int:
+    """How many validation rows lie outside the bound."""
+    return int((1 - quantile) * rows + 1e-9)
 
 
 def _distances(features: Tensor, task: RoutedTask, lower: Tensor) -> Tensor:

@@ -12,9 +12,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from graftory.adapter import TASK_SOURCE, Adapter, Lineage, Metric, check_name
-from graftory.adapters import new_adapter
-from graftory.adapters.smop import smop_config
-from graftory.config import SmopConfig
 from graftory.continual.capability import check_capability, check_kinds, check_labels
 from graftory.continual.evaluation import TestSet, oracle_cell
 from graftory.continual.freeze import must_stay
@@ -24,6 +21,7 @@ from graftory.continual.measuring import Measuring
 from graftory.continual.probe import Probe, probe_texts
 from graftory.continual.report import Report, make_report
 from graftory.continual.report_files import write_report
+from graftory.continual.restoring import restored, untrained_adapters
 from graftory.continual.router import check_names
 from graftory.continual.router_file import load_router
 from graftory.continual.router_fit import fit_router, fresh_router
@@ -31,7 +29,7 @@ from graftory.continual.sequence import TaskSequence
 from graftory.continual.state import Cell, Commit, Event, Phase, RunFolder
 from graftory.continual.strategies import NOTHING, Context, Finished, Kept, Lesson, Plan, Step, Strategy, strategy_of
 from graftory.data import TEXT_KINDS, Rows, TaskFile, load_rows, load_task
-from graftory.errors import ConfigError, CorruptAdapterError
+from graftory.errors import ConfigError
 from graftory.hub import Hub
 from graftory.schema import Json, decode
 from graftory.training import LoadedBase, TrainSettings, load_base, processes
@@ -143,13 +141,8 @@ class _Run:
 
     @cached_property
     def untrained(self) -> dict[str, Adapter]:
-        config, loaded = self.sequence.config(), self.loaded
-        if isinstance(config, SmopConfig):
-            config = smop_config(loaded.model, config)
-        return {
-            _slug(test.task): new_adapter(loaded.model, config, task=test.rows.info(test.task), base=loaded.base)
-            for test in self.tests
-        }
+        infos = {_slug(test.task): test.rows.info(test.task) for test in self.tests}
+        return untrained_adapters(self.sequence, self.loaded, infos)
 
     @cached_property
     def measuring(self) -> Measuring:
@@ -180,25 +173,17 @@ class _Run:
         return report
 
     def _learn(self, commits: list[Commit]) -> None:
-        restored = {commit.step: self._restored(commit) for commit in commits if commit.accepted}
+        steps = {commit.step: restored(self.hub, commit) for commit in commits if commit.accepted}
         if processes.is_first():
             self._baselines()
         state = _State()
         for commit in commits:
             if commit.accepted:
-                state = _State((*state.done, restored[commit.step]), self.folder.kept(commit), commit.step)
+                state = _State((*state.done, steps[commit.step]), self.folder.kept(commit), commit.step)
                 if processes.is_first():
                     self.measuring.fill(commit.step, self._context(state.done, state.kept))  # tasks appended since then
         for position in range(len(commits), len(self.tasks)):
             state = self._step(position, state)
-
-    def _restored(self, commit: Commit) -> Step:
-        record = self.hub.record(commit.ref)
-        if record.digest != commit.digest:
-            raise CorruptAdapterError(
-                f"{commit.ref} is not what step {commit.step} of this run made; give the hub it was run with"
-            )
-        return Step(commit.task, commit.ref, commit.digest, self.hub.get(commit.ref))
 
     def _baselines(self) -> None:
         """b_j: the bare base with an untrained head, measured once."""
@@ -282,7 +267,7 @@ class _Run:
         commit = self.folder.commits()[-1]
         if not commit.accepted:
             return state
-        return _State((*state.done, self._restored(commit)), self.folder.kept(commit), commit.step)
+        return _State((*state.done, restored(self.hub, commit)), self.folder.kept(commit), commit.step)
 
     def _verdict(self, number: int, state: _State) -> Verdict:
         """What the gate says of a step that has been measured."""

@@ -25,7 +25,7 @@ from graftory.continual.kept_file import load_kept, save_kept
 from graftory.continual.probed import Probed
 from graftory.continual.sequence import TaskSequence
 from graftory.continual.strategies.base import Kept
-from graftory.errors import ConfigError
+from graftory.errors import ConfigError, DataError
 from graftory.schema import Json, decode, encode
 
 Phase = Literal["prepare", "train", "consolidate", "eval", "rejected", "commit"]
@@ -103,7 +103,7 @@ class RunFolder:
         if not path.exists():
             write_json(path, sequence)
             return
-        before = decode(TaskSequence, read_json(path), str(path))
+        before = self.sequence()
         old, new = encode(before), encode(sequence)
         changed = [key for key, value in old.items() if key not in ("tasks", "report_to") and new[key] != value]
         if sequence.tasks[: len(before.tasks)] != before.tasks:
@@ -114,6 +114,17 @@ class RunFolder:
                 "began, with tasks appended at most; give a new folder"
             )
         write_json(path, sequence)
+
+    def sequence(self) -> TaskSequence:
+        """What is run here.
+
+        Raises:
+            DataError: If the folder holds no run.
+        """
+        path = self.root / "sequence.json"
+        if not path.exists():
+            raise DataError(f"{self.root} holds no run; give the folder of one, as hub continual run --dir made it")
+        return decode(TaskSequence, read_json(path), str(path))
 
     def log(self, event: Event) -> Event:
         """Append an event, with the time of now."""
