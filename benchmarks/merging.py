@@ -38,6 +38,7 @@ import merging_accuracy
 import peft
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 from torch import Tensor
 
@@ -247,7 +248,10 @@ def main() -> None:
     results["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads(), **library_versions()}
     for part in options.parts.split(","):
         results[part] = PARTS[part](options)
-        show(part, results[part]["table"] if part == "accuracy" else results[part])
+        if part == "accuracy":
+            Console().print(Markdown(merging_accuracy.markdown(results[part])))
+        else:
+            show(part, results[part])
         if not options.no_write:
             if part == "accuracy":
                 RESULTS.with_suffix(".md").write_text(merging_accuracy.markdown(results[part]))

@@ -19,7 +19,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +54,35 @@ Make = Callable[["Case"], Adapter]
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """What is merged, and to what."""
+class CaseKey:
+    """What is merged, and to what, by name."""
 
     seed: int
     ranks: str
     budget: str
+    names: tuple[str, ...]
+
+    def of(self, row: str) -> str:
+        """What a measurement of it is stored under."""
+        return f"{self.seed}|{self.ranks}|{self.budget}|{'+'.join(self.names)}|{row}"
+
+    def alone(self, adapter: str, task: str) -> str:
+        """The same of an adapter that is not merged, on a task."""
+        return f"{self.seed}|{self.ranks}|alone|{adapter}|{task}"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The same with the adapters."""
+
+    key: CaseKey
     adapters: Mapping[str, Adapter]
     loaded: LoadedBase
 
     @property
     def rank(self) -> int | None:
         """Of the result."""
-        return BUDGETS[self.budget]
-
-    def key(self, row: str) -> str:
-        """What a measurement of it is stored under."""
-        return f"{self.seed}|{self.ranks}|{self.budget}|{'+'.join(self.adapters)}|{row}"
+        return BUDGETS[self.key.budget]
 
 
 def ours(method: str, weight: float | None = None) -> Make:
@@ -96,16 +108,18 @@ def ours_linear(case: Case) -> Adapter:
 def ours_adamerging(case: Case) -> Adapter:
     """Tuned on 128 unlabelled training inputs of each task."""
     parts = list(case.adapters.values())
-    inputs = [load_rows(load_task(f"wheel:{name}"), "train", limit=128, seed=case.seed).texts for name in case.adapters]
+    inputs = [
+        load_rows(load_task(f"wheel:{name}"), "train", limit=128, seed=case.key.seed).texts for name in case.adapters
+    ]
     kind: Any = METHODS["adamerging"].params
     parameters = kind(rank=case.rank)
-    found = tune_layers(case.loaded, parts, inputs, parameters, seed=case.seed)
+    found = tune_layers(case.loaded, parts, inputs, parameters, seed=case.key.seed)
     return merge(parts, "adamerging", weights=found.weights, parameters=parameters)
 
 
 def ours_auto(case: Case) -> Adapter:
     """The best of the portfolio by 16 rows of each task."""
-    return auto_merge(case.adapters, AutoParameters(rank=case.rank), seed=case.seed).adapter
+    return auto_merge(case.adapters, AutoParameters(rank=case.rank), seed=case.key.seed).adapter
 
 
 def pefts(combination: str, weight: float | None, **options: Any) -> Make:
@@ -117,7 +131,7 @@ def pefts(combination: str, weight: float | None, **options: Any) -> Make:
         each = 1 / len(parts) if weight is None else weight
         extra = {**options, **({"svd_rank": case.rank} if "svd" in combination and case.rank else {})}
         names = [str(number) for number in range(len(parts))]
-        torch.manual_seed(case.seed)  # dare draws from the global generator
+        torch.manual_seed(case.key.seed)  # dare draws from the global generator
         model.base_model.add_weighted_adapter(names, [each] * len(parts), "merged", combination, **extra)
         return from_peft(model, paths, parts[0])
 
@@ -186,6 +200,8 @@ ROWS: Mapping[str, Make] = {
 """What is compared."""
 SINGLE = "best single"
 PEFTS = "PEFT "
+NEED_DATA = ("regmean", "adamerging", "auto")
+"""Rows that look at inputs or rows of the tasks."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +216,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--budgets", default=",".join(BUDGETS), help="full, rank 16")
     group.add_argument("--only-pairs", action="store_true", help="leave the full set out")
     group.add_argument("--only-full", action="store_true", help="leave the pairs out")
+    group.add_argument("--only-report", action="store_true", help="train and measure nothing: report what is there")
 
 
 def accuracy(options: argparse.Namespace) -> dict[str, Any]:
@@ -210,20 +227,32 @@ def accuracy(options: argparse.Namespace) -> dict[str, Any]:
     unknown = [name for name in chosen if name not in ROWS]
     if unknown:
         raise SystemExit(f"no row {unknown[0]!r}; known: {', '.join(ROWS)}")
+    if not options.only_report:
+        everything(options, kept, chosen)
+    return summary(kept, list(wanted(options)), chosen)
+
+
+def everything(options: argparse.Namespace, kept: Kept, chosen: Sequence[str]) -> None:
+    """Measure what is missing."""
     loaded = load_base(BASE, "classification")
-    wanted = []
+    for (seed, ranks), keys in groupby(wanted(options), key=lambda key: (key.seed, key.ranks)):
+        adapters = trained(options, loaded, seed, ranks)
+        bench = Bench(trials_of(adapters, options.test_rows, split="test"))
+        cross(kept, bench, seed, ranks)
+        for key in keys:
+            case = Case(key, {name: adapters[name] for name in key.names}, loaded)
+            for row in chosen:
+                measure(kept, bench, case, row)
+
+
+def wanted(options: argparse.Namespace) -> Iterator[CaseKey]:
+    """All merges that were asked for."""
+    names = [name for name in DOMAINS if name in options.tasks.split(",")]
     for seed in map(int, options.seeds.split(",")):
         for ranks in options.ranks.split(","):
-            adapters = trained(options, loaded, seed, ranks)
-            bench = Bench(trials_of(adapters, options.test_rows, split="test"))
-            cross(kept, bench, seed, ranks)
-            for names in subsets(options, list(adapters)):
+            for subset in subsets(options, names):
                 for budget in options.budgets.split(","):
-                    case = Case(seed, ranks, budget, {name: adapters[name] for name in names}, loaded)
-                    wanted.append(case)
-                    for row in chosen:
-                        measure(kept, bench, case, row)
-    return summary(kept, wanted, chosen)
+                    yield CaseKey(seed, ranks, budget, subset)
 
 
 class Kept:
@@ -281,7 +310,7 @@ def cross(kept: Kept, bench: Bench, seed: int, ranks: str) -> None:
 
 def measure(kept: Kept, bench: Bench, case: Case, row: str) -> None:
     """One merge on the tasks in it; what refuses is kept as such."""
-    key = case.key(row)
+    key = case.key.of(row)
     if key in kept.figures:
         return
     CONSOLE.print(key)
@@ -296,52 +325,94 @@ def measure(kept: Kept, bench: Bench, case: Case, row: str) -> None:
     kept.add(key, values=values, rank=rank)
 
 
-def normalised(kept: Kept, case: Case, values: Mapping[str, float]) -> float:
-    """The mean over tasks of a score by the own adapter's."""
-    alone: dict[str, float] = {
-        name: kept.figures[f"{case.seed}|{case.ranks}|alone|{name}|{name}"]["value"] for name in values
-    }
-    return statistics.mean(value / alone[name] for name, value in values.items())
+Scores = Mapping[CaseKey, float]
+"""Normalised, in percent."""
 
 
-def best_single(kept: Kept, case: Case) -> float:
+def normalised(kept: Kept, key: CaseKey, values: Mapping[str, float]) -> float:
+    """The mean over tasks of a score by the own adapter's, in percent."""
+    alone: dict[str, float] = {name: kept.figures[key.alone(name, name)]["value"] for name in values}
+    return 100 * statistics.mean(value / alone[name] for name, value in values.items())
+
+
+def best_single(kept: Kept, key: CaseKey) -> float:
     """The normalised score of the adapter that is best for all tasks of a case, chosen by hindsight."""
-    found = []
-    for name in case.adapters:
-        values = {
-            task: kept.figures[f"{case.seed}|{case.ranks}|alone|{name}|{task}"]["value"] for task in case.adapters
-        }
-        found.append(normalised(kept, case, values))
-    return max(found)
+    return max(
+        normalised(kept, key, {task: kept.figures[key.alone(name, task)]["value"] for task in key.names})
+        for name in key.names
+    )
 
 
-def group_of(case: Case) -> str:
+def scores_of(kept: Kept, row: str, keys: Sequence[CaseKey]) -> Scores:
+    """A row's scores where it has been measured; a result of a larger rank than asked for is none."""
+    found = {key: kept.figures[key.of(row)] for key in keys if key.of(row) in kept.figures}
+    return {
+        key: normalised(kept, key, one["values"])
+        for key, one in found.items()
+        if "values" in one and not (BUDGETS[key.budget] and one["rank"] > (BUDGETS[key.budget] or 0))
+    }
+
+
+def group_of(key: CaseKey) -> str:
     """The column of the table that a case counts in."""
-    domains = {DOMAINS[name] for name in case.adapters}
-    what = "all" if len(case.adapters) > 2 else "same domain" if len(domains) == 1 else "cross-domain"
-    return f"{what}, {case.ranks}, {case.budget}"
+    domains = {DOMAINS[name] for name in key.names}
+    what = "all" if len(key.names) > 2 else "same domain" if len(domains) == 1 else "cross-domain"
+    return f"{what}, {key.ranks}, {key.budget}"
 
 
-def summary(kept: Kept, cases: Sequence[Case], rows: Sequence[str]) -> dict[str, Any]:
-    """Mean normalised score of every row by kind of case, in percent; of how many merges; None where it refused."""
-    table: dict[str, dict[str, float | None]] = {}
-    scores: dict[str, dict[int, float]] = {SINGLE: {n: best_single(kept, case) for n, case in enumerate(cases)}}
-    for row in rows:
-        figures = {n: kept.figures[case.key(row)] for n, case in enumerate(cases)}
-        # a result of a larger rank than asked for is none
-        scores[row] = {
-            n: normalised(kept, cases[n], one["values"])
-            for n, one in figures.items()
-            if "values" in one and not (cases[n].rank and one["rank"] > (cases[n].rank or 0))
-        }
-    groups = list(dict.fromkeys(map(group_of, cases)))
-    for row, own in scores.items():
-        table[row] = {}
-        for group in groups:
-            numbers = [n for n, case in enumerate(cases) if group_of(case) == group]
-            whole = all(n in own for n in numbers)
-            table[row][group] = 100 * statistics.mean(own[n] for n in numbers) if whole else None
-    return {"cases": len(cases), "table": table, "auto": auto_summary(scores), "settings": asdict(Settings())}
+def summary(kept: Kept, keys: Sequence[CaseKey], rows: Sequence[str]) -> dict[str, Any]:
+    """Mean ± std over seeds of every row by kind of case; nothing where it refused or not all cases are there."""
+    measured = [key for key in keys if any(key.of(row) in kept.figures for row in rows)]
+    scores = {SINGLE: {key: best_single(kept, key) for key in measured}}
+    scores |= {row: dict(scores_of(kept, row, measured)) for row in rows}
+    groups = {group: [key for key in measured if group_of(key) == group] for group in map(group_of, measured)}
+    table = {
+        row: {g: spread_of(own, cases) if all(key in own for key in cases) else None for g, cases in groups.items()}
+        for row, own in scores.items()
+    }
+    return {
+        "cases": {group: len(cases) for group, cases in groups.items()},
+        "table": table,
+        "margin": {
+            f"{ranks} ranks, {what}": one
+            for ranks in RANKS
+            for what, one in margin_of(scores, [key for key in measured if key.ranks == ranks]).items()
+        },
+        "auto": auto_summary(scores),
+        "settings": asdict(Settings()),
+    }
+
+
+def spread_of(own: Scores, cases: Sequence[CaseKey]) -> tuple[float, float]:
+    """Mean over cases, and standard deviation over seeds of the mean over a seed's cases."""
+    seeds = sorted({key.seed for key in cases})
+    means = [statistics.mean(own[key] for key in cases if key.seed == seed) for seed in seeds]
+    return statistics.mean(own[key] for key in cases), statistics.stdev(means) if len(means) > 1 else 0.0
+
+
+def margin_of(scores: Mapping[str, Scores], keys: Sequence[CaseKey]) -> dict[str, Any]:
+    """At rank 16: our best row by the mean over the cases, PEFT's best, with and without what needs data, and the mean
+    paired difference with its standard error.
+    """
+    cases = [key for key in keys if BUDGETS[key.budget] is not None]
+    if not cases:
+        return {}
+
+    def best(rows: Sequence[str]) -> str | None:
+        whole = [row for row in rows if all(key in scores[row] for key in cases)]
+        return max(whole, key=lambda row: statistics.mean(scores[row][key] for key in cases), default=None)
+
+    names = [row for row in scores if row != SINGLE]
+    own = [row for row in names if not row.startswith(PEFTS)]
+    theirs = best([row for row in names if row.startswith(PEFTS)])
+    found = {}
+    for what, row in (("best", best(own)), ("best without data", best([r for r in own if r not in NEED_DATA]))):
+        if row is None or theirs is None:
+            continue
+        gaps = [scores[row][key] - scores[theirs][key] for key in cases]
+        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+        found[what] = {"ours": row, "PEFT": theirs, "points": statistics.mean(gaps), "error": error, "cases": len(gaps)}
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,28 +424,37 @@ class Settings:
     density: float = SPARSE["density"]
 
 
-def auto_summary(scores: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
-    """How near `auto` comes to the best of our methods, and to the best single adapter, in points."""
-    if "auto" not in scores:
+def auto_summary(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """How near `auto` comes to the best of our methods, chosen by hindsight, and to the best single adapter."""
+    if not scores.get("auto"):
         return {}
     others = [own for row, own in scores.items() if row not in ("auto", SINGLE) and not row.startswith(PEFTS)]
-    short = {n: 100 * (max(own[n] for own in others if n in own) - one) for n, one in scores["auto"].items() if others}
-    below = [100 * (scores[SINGLE][n] - one) for n, one in scores["auto"].items()]
+    short = [max(own[key] for own in others if key in own) - one for key, one in scores["auto"].items()]
+    below = [scores[SINGLE][key] - one for key, one in scores["auto"].items()]
     return {
-        "share within a point of the best": statistics.mean(float(gap <= 1) for gap in short.values()) if short else 0,
-        "mean points below the best": statistics.mean(short.values()) if short else 0.0,
+        "share within a point of the best": statistics.mean(float(gap <= 1) for gap in short),
+        "mean points below the best": statistics.mean(short),
+        "share within a point of the best single, or above": statistics.mean(float(gap <= 1) for gap in below),
         "most points below the best single": max(below),
     }
 
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The table as text."""
-    table: Mapping[str, Mapping[str, float | None]] = found["table"]
-    groups = list(next(iter(table.values())))
-    lines = [f"| | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
+    table: Mapping[str, Mapping[str, tuple[float, float] | None]] = found["table"]
+    groups: Mapping[str, int] = found["cases"]
+    lines = [f"| | {' | '.join(f'{group} ({count})' for group, count in groups.items())} |"]
+    lines.append("|---" * (len(groups) + 1) + "|")
     for row, cells in table.items():
-        shown = ["–" if cells[group] is None else f"{cells[group]:.1f}" for group in groups]
+        shown = ["–" if (cell := cells[g]) is None else f"{cell[0]:.1f} ± {cell[1]:.1f}" for g in groups]
         lines.append(f"| {row} | {' | '.join(shown)} |")
-    told = [f"{what}: {value:.2f}" for what, value in found["auto"].items()]
-    head = f"Normalised accuracy, %, {found['cases']} merges. – : refused, or of a larger rank than asked for.\n\n"
-    return head + "\n".join(lines) + "\n\n" + ("auto: " + "; ".join(told) + "\n" if told else "")
+    told = [
+        f"{what}: {one['ours']} beats PEFT's best, {one['PEFT']}, by {one['points']:.1f} ± {one['error']:.1f} points "
+        f"over {one['cases']} merges."
+        for what, one in found["margin"].items()
+    ]
+    told += [f"auto, {what}: {value:.2f}" for what, value in found["auto"].items()]
+    head = (
+        "Normalised accuracy, %, mean ± std over seeds (merges). – : refused, or of a larger rank than asked for.\n\n"
+    )
+    return head + "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in told) + "\n"
