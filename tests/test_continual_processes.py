@@ -34,7 +34,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    group["ACCELERATE_USE_CPU"] = "true"
     started = []
     for folder, own in (("one", {}), ("two", {"RANK": "0", **group}), ("two", {"RANK": "1", **group})):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **own, "LOCAL_RANK": own.get("RANK", "-1")}

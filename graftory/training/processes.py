@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from graftory.errors import ConfigError
+
 T = TypeVar("T")
 _PATIENCE = timedelta(days=1)
 """The others wait while the first evaluates."""
@@ -88,11 +90,27 @@ def mean_gradients(weights: Sequence[torch.nn.Parameter]) -> None:
         gradient /= size()
 
 
+def on_cpu() -> bool:
+    """Whether there is nothing faster. Accelerate, and so transformers, joins processes on CPUs only if told."""
+    return not torch.accelerator.is_available()
+
+
 @cache
 def _group() -> Any:
-    """The state of accelerate, which joins the processes when it is first asked for; None in a single process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    """The state of accelerate, which joins the processes when it is first asked for; None in a single process.
+
+    Raises:
+        ConfigError: If they were started together and cannot be joined.
+    """
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted < 2:
         return None
     from accelerate import PartialState  # type: ignore[import-untyped]
 
-    return PartialState(timeout=_PATIENCE)
+    state = PartialState(cpu=on_cpu(), timeout=_PATIENCE)
+    if state.num_processes != wanted:
+        raise ConfigError(
+            f"{wanted} processes were started, and accelerate has joined {state.num_processes}; start them with "
+            "torchrun or accelerate launch"
+        )
+    return state

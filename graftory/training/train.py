@@ -187,6 +187,7 @@ def training_arguments(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.gradient_clip,
         bf16=settings.bf16,
+        use_cpu=processes.size() > 1 and processes.on_cpu(),
         seed=settings.seed,
         data_seed=settings.seed,
         save_strategy="steps" if keep else "no",
