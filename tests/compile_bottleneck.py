@@ -1,13 +1,13 @@
 """Compiles the kernels of `batched_bottleneck`, as `tests.compile_kernels` does those of `batched_lora`.
 
-`python -m tests.compile_bottleneck KERNEL` prints a list of JSON objects.
+`python -m tests.compile_bottleneck KERNEL...` prints JSON: a list of objects by kernel.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -97,10 +97,10 @@ def compiled(name: str, case: Case) -> dict[str, Any]:
     return {**asdict(case), **build(fn, signature, given, case.target, options)}
 
 
-def main(name: str) -> None:
-    """All cases."""
-    print(json.dumps([compiled(name, case) for case in cases_of(name)]))
+def main(names: Sequence[str]) -> None:
+    """All cases of each."""
+    print(json.dumps({name: [compiled(name, case) for case in cases_of(name)] for name in names}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -1,6 +1,6 @@
-"""Compiles kernels for GPUs that are not here, and says what they need: `python -m tests.compile_kernels KERNEL`.
+"""Compiles kernels for GPUs that are not here, and says what they need: `python -m tests.compile_kernels KERNEL...`.
 
-Run as a program, as Triton decides once in a process whether it interprets. Prints a list of JSON objects.
+Run as a program, as Triton decides once in a process whether it interprets. Prints JSON: a list of objects by kernel.
 """
 
 from __future__ import annotations
@@ -137,26 +137,27 @@ def build(
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, and instructions that spill to local memory, from the disassembly."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    """Registers, and bytes of local memory: where registers are spilled to, the kernels have no other use for it."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        used, text = (
-            subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    registers = re.search(r"REG:(\d+)", used)
-    assert registers is not None
-    local = len(re.findall(r"\b(?:LDL|STL)\b", text))
-    return {"registers": int(registers[1]), "spills": local, "wgmma": text.count("HGMMA")}
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = {key: re.findall(rf"\b{key}:(\d+)", done.stdout) for key in ("REG", "STACK", "LOCAL")}
+    assert {len(each) for each in found.values()} == {1}, done.stdout
+    (registers,), (stack,), (local,) = found.values()
+    return {"registers": int(registers), "spills": int(stack) + int(local)}
 
 
-def main(name: str) -> None:
-    """All cases that are a kernel of their own."""
-    own = [case for case in CASES if case.slices == 1 or summed(name, case) or apart(name, case)]
-    print(json.dumps([compiled(name, case) for case in own]))
+def cases_of(name: str) -> list[Case]:
+    """All that are a kernel of their own."""
+    return [case for case in CASES if case.slices == 1 or summed(name, case) or apart(name, case)]
+
+
+def main(names: Sequence[str]) -> None:
+    """All cases of each."""
+    print(json.dumps({name: [compiled(name, case) for case in cases_of(name)] for name in names}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -1,6 +1,6 @@
 """Compiles the kernels that multiply number by number, as `tests.compile_kernels` does those with `tl.dot`.
 
-`python -m tests.compile_small KERNEL` prints a list of JSON objects.
+`python -m tests.compile_small KERNEL...` prints JSON: a list of objects by kernel.
 """
 
 from __future__ import annotations
@@ -106,17 +106,20 @@ def compiled(
     return {**made, "dtype": dtype, "given": given}
 
 
-def main(name: str) -> None:
+def all_of(small: Small) -> list[dict[str, Any]]:
     """All variants for every target; all sizes for the first, elsewhere the last, which is the largest."""
-    small = KERNELS[name]
-    found = [
+    return [
         compiled(small, target, dtype, sizes, variant)
         for number, (target, dtype) in enumerate(TARGETS)
         for sizes in (small.sizes if number == 0 else small.sizes[-1:])
         for variant in small.variants
     ]
-    print(json.dumps(found))
+
+
+def main(names: Sequence[str]) -> None:
+    """Each of them."""
+    print(json.dumps({name: all_of(KERNELS[name]) for name in names}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

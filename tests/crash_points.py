@@ -2,7 +2,7 @@
 
 The command runs in a forked child that watches its own file operations: opening for writing, rename, link, remove,
 mkdir, rmdir (by an audit hook) and fsync. Before the N-th of them the child ends, N = 1, 2, ... until a run comes to
-its end. Two models of a crash:
+its end, and leaves a copy of its files for each of several crashes at that moment. Two models of a crash:
 
 - `kill`: the process ends, the machine lives: what was done is there.
 - `power`: the machine ends too. POSIX promises only this: the bytes of a file survive an fsync of it, the names in a
@@ -18,23 +18,27 @@ After each crash, in the process that watches:
 3. the same command succeeds and gives the state after;
 4. `gc` then leaves the very files of a hub where nothing ever went wrong (G3).
 
+Many crashes leave the very same files: what was found about a tree is kept, and looked up when it comes again.
+
 Run as a program, so that no thread of a test is forked: `python -m tests.crash_points FIXTURES SCENARIO [MUTATION]`
 prints the counts as JSON, and what went wrong.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from graftory.hub import Hub, depot, records, signing, store
 from graftory.hub.depot import Depot
@@ -45,6 +49,7 @@ from graftory.hub.named import add_remote, remotes, remove_remote
 
 CRASHED = 137
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+STARTED = time.time()
 
 
 @dataclass(frozen=True)
@@ -90,17 +95,17 @@ class Watch:
     Attributes:
         root: The folder.
         stop_at: The operation before which it ends.
-        damage: What is done to the files then.
+        left: Where the files then go, a folder for each damage that changes them and one for the kill, by name.
         torn: Files whose bytes are not durable.
-        undo: For each folder what takes back its changes since its last fsync, oldest first.
+        undo: For each folder what takes back its changes since its last fsync, oldest first, in a copy of the root.
     """
 
     root: str
     stop_at: int
-    damage: str
+    left: Path
     count: int = 0
     torn: set[str] = field(default_factory=set)
-    undo: list[tuple[str, Callable[[], None]]] = field(default_factory=list)
+    undo: list[tuple[str, Callable[[str], None]]] = field(default_factory=list)
     crashing: bool = False
 
     def mine(self, path: object) -> str | None:
@@ -117,16 +122,27 @@ class Watch:
             self.crash()
 
     def crash(self) -> None:
-        """End as the model says."""
+        """End as the models say."""
         self.crashing = True
-        model = DAMAGES[self.damage]
+        for name, model in DAMAGES.items():
+            if name == "kill" or (model.torn and self.torn) or (model.undone and self.undo):
+                copy_tree(self.root, str(self.left / name))
+                self.damage(str(self.left / name), name)
+        os._exit(CRASHED)
+
+    def damage(self, root: str, name: str) -> None:
+        """Do to a copy of the files what a damage does."""
+        model = DAMAGES[name]
         for path in self.torn if model.torn else ():
-            tear(path, zeros=model.torn == "zeros")
-        chosen = random.Random(self.damage + str(self.stop_at))
+            tear(root + path, zeros=model.torn == "zeros")
+        chosen = random.Random(name + str(self.stop_at))
         for _, back in reversed(self.undo):
             if chosen.random() < model.undone:
-                back()
-        os._exit(CRASHED)
+                back(root)
+
+    def within(self, path: str) -> str:
+        """The path from the root on, with a slash before it."""
+        return path[len(self.root) :]
 
     def audit(self, event: str, args: tuple[Any, ...]) -> None:
         if self.crashing or event not in EVENTS:
@@ -139,10 +155,11 @@ class Watch:
         if path is None or not flags & WRITING:
             return
         self.tick()
+        short = self.within(path)
         if not os.path.exists(path):
-            self.undo.append((os.path.dirname(path), lambda: remove(path)))
+            self.undo.append((os.path.dirname(path), lambda root: remove(root + short)))
         if not path.endswith("lock"):
-            self.torn.add(path)
+            self.torn.add(short)
 
     def renamed(self, args: tuple[Any, ...]) -> None:
         source, target = self.mine(args[0]), self.mine(args[1])
@@ -150,50 +167,54 @@ class Watch:
             return
         self.tick()
         before = content(target)
+        old, new = self.within(source), self.within(target)
 
-        def back() -> None:
-            if os.path.exists(target):
-                os.replace(target, source)
+        def back(root: str) -> None:
+            if os.path.exists(root + new):
+                os.replace(root + new, root + old)
             if before is not None:
-                write(target, before)
+                write(root + new, before)
 
         self.undo.append((os.path.dirname(target), back))
-        if source in self.torn:
-            self.torn.add(target)
+        if old in self.torn:
+            self.torn.add(new)
 
     def linked(self, args: tuple[Any, ...]) -> None:
         source, target = self.mine(args[0]), self.mine(args[1])
         if source is None or target is None:
             return
         self.tick()
+        old, new = self.within(source), self.within(target)
         if not os.path.exists(target):
-            self.undo.append((os.path.dirname(target), lambda: remove(target)))
-            if source in self.torn:
-                self.torn.add(target)
+            self.undo.append((os.path.dirname(target), lambda root: remove(root + new)))
+            if old in self.torn:
+                self.torn.add(new)
 
     def removed(self, args: tuple[Any, ...]) -> None:
         path = self.mine(args[0])
         if path is None:
             return
         self.tick()
-        before = content(path)
+        before, short = content(path), self.within(path)
         if before is not None:
-            self.undo.append((os.path.dirname(path), lambda: write(path, before)))
+            self.undo.append((os.path.dirname(path), lambda root: write(root + short, before)))
 
     def made(self, args: tuple[Any, ...]) -> None:
         path = self.mine(args[0])
         if path is None:
             return
         self.tick()
+        short = self.within(path)
         if not os.path.exists(path):
-            self.undo.append((os.path.dirname(path), lambda: shutil.rmtree(path, ignore_errors=True)))
+            self.undo.append((os.path.dirname(path), lambda root: shutil.rmtree(root + short, ignore_errors=True)))
 
     def unmade(self, args: tuple[Any, ...]) -> None:
         path = self.mine(args[0])
         if path is None:
             return
         self.tick()
-        self.undo.append((os.path.dirname(path), lambda: os.makedirs(path, exist_ok=True)))
+        short = self.within(path)
+        self.undo.append((os.path.dirname(path), lambda root: os.makedirs(root + short, exist_ok=True)))
 
     def synced(self, handle: int) -> None:
         path = self.mine(os.readlink(f"/proc/self/fd/{handle}"))
@@ -205,7 +226,8 @@ class Watch:
             self.undo = [(folder, back) for folder, back in self.undo if folder != path]
         else:
             inode = os.fstat(handle).st_ino
-            self.torn = {each for each in self.torn if os.path.exists(each) and os.stat(each).st_ino != inode}
+            here = {each: self.root + each for each in self.torn}
+            self.torn = {each for each, path in here.items() if os.path.exists(path) and os.stat(path).st_ino != inode}
 
 
 EVENTS: Mapping[str, Callable[[Watch, tuple[Any, ...]], None]] = {
@@ -248,13 +270,32 @@ def tear(path: str, *, zeros: bool) -> None:
                 file.truncate(len(data) // 2)
 
 
-def run_and_crash(root: Path, command: Callable[[], object], stop_at: int, damage: str, mutate: str | None) -> int:
+def copy_tree(source: str, target: str) -> None:
+    """Copy a tree in which a file may have several names; `shutil.copytree` makes them several files, and is slow."""
+    names: dict[int, str] = {}
+    for folder, _, files in os.walk(source):
+        there = target + folder[len(source) :]
+        os.mkdir(there)
+        for name in files:
+            path, to = os.path.join(folder, name), os.path.join(there, name)
+            info = os.stat(path)
+            if info.st_ino in names:
+                os.link(names[info.st_ino], to)
+                continue
+            names[info.st_ino] = to
+            with open(path, "rb") as file, open(to, "wb") as copy:
+                copy.write(file.read())
+            os.chmod(to, info.st_mode)
+            os.utime(to, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+def run_and_crash(root: Path, command: Callable[[], object], stop_at: int, left: Path, mutate: str | None) -> int:
     """Run a command in a child that ends before its N-th operation; returns the exit code."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
-        watch = Watch(os.path.realpath(root), stop_at, damage)
+        watch = Watch(os.path.realpath(root), stop_at, left)
         really = os.fsync
 
         def fsync(handle: int) -> None:
@@ -391,6 +432,55 @@ def tree_of(root: Path) -> dict[str, bytes]:
     }
 
 
+def fingerprint(root: Path) -> str:
+    """The same for two trees only if no command can tell them apart: the folders, the bytes and the mode of each file,
+    which files are one file with two names, which are old (`gc` keeps young ones).
+    """
+    digest, names = hashlib.sha256(), dict[int, str]()
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        digest.update(f"folder {folder[len(str(root)) :]}\0".encode())
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            info = os.stat(path)
+            first = names.setdefault(info.st_ino, path[len(str(root)) :])
+            old = info.st_mtime < STARTED - 3600
+            digest.update(f"file {name}\0{first}\0{info.st_mode} {info.st_size} {old} ".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+def problem_of(root: Path) -> str:
+    """The first that `verify` finds wrong with a hub; empty if nothing is."""
+    problems = Hub(root).verify().problems
+    return str(problems[0]) if problems else ""
+
+
+def cleaned(root: Path) -> dict[str, bytes]:
+    """What `gc` leaves of a hub."""
+    Hub(root).gc(partial_downloads=True)
+    return tree_of(root)
+
+
+T = TypeVar("T")
+
+
+class Looked:
+    """What was found in trees, each looked at once."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[object, str, str], Any] = {}
+
+    def at(self, look: Callable[[Path], T], root: Path) -> T:
+        """What a function finds in a tree."""
+        key = (look, root.name, fingerprint(root))
+        if key not in self._found:
+            self._found[key] = look(root)
+        found: T = self._found[key]
+        return found
+
+
 # --- the scenarios ---------------------------------------------------------------------------------------------------
 
 
@@ -508,75 +598,84 @@ class Count:
     wrong: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a command does when nothing goes wrong.
+
+    Attributes:
+        before: The state of each hub before; nothing if there is nothing to see yet.
+        after: The one after.
+        trees: What `gc` then leaves of each.
+    """
+
+    before: Mapping[str, State | None]
+    after: Mapping[str, State | None]
+    trees: Mapping[str, dict[str, bytes]]
+
+
 def enumerate_points(name: str, fixtures: Path, scratch: Path, mutate: str | None = None) -> Count:
     """Crash a command at every operation, in every way."""
-    scenario = SCENARIOS[name]
-    count = Count()
-    origin = scratch / "origin"
+    scenario, count = SCENARIOS[name], Count()
+    origin, done, work, left = (scratch / each for each in ("origin", "done", "work", "left"))
     origin.mkdir()
     scenario.prepare(origin, fixtures)
-    before = _states(scenario, origin, check=name != "verify --rebuild")
-    done = _copy(origin, scratch / "done")
+    before = {} if name == "verify --rebuild" else {hub: state_of(origin / hub) for hub in scenario.hubs}
+    copy_tree(str(origin), str(done))
     scenario.command(done, fixtures)
-    after = _states(scenario, done)
-    for hub in scenario.hubs:
-        Hub(done / hub).gc(partial_downloads=True)
-    for damage in DAMAGES:
-        for stop_at in range(1, 10_000):
-            work = _copy(origin, scratch / "work")
-            code = run_and_crash(work, lambda work=work: scenario.command(work, fixtures), stop_at, damage, mutate)  # type: ignore[misc]
-            if code == 0:
-                count.operations = stop_at - 1
-                break
+    after = {hub: state_of(done / hub) for hub in scenario.hubs}
+    expected = Expected(before, after, {hub: cleaned(done / hub) for hub in scenario.hubs})
+    problems: dict[str, str] = {}
+    looked = Looked()
+    for stop_at in range(1, 10_000):
+        copy_tree(str(origin), str(work))
+        left.mkdir()
+        code = run_and_crash(work, lambda: scenario.command(work, fixtures), stop_at, left, mutate)
+        shutil.rmtree(work)
+        if code == 0:
+            count.operations = stop_at - 1
+            return count
+        prints = {path.name: fingerprint(path) for path in left.iterdir()}
+        for damage in DAMAGES:
             count.points += 1
-            try:
-                if code != CRASHED:
-                    raise AssertionError(f"the command ended with {code}")
-                _check(scenario, fixtures, work, done, before, after)
-            except Exception as error:
-                count.wrong.append(f"{name}, {damage}, operation {stop_at}: {type(error).__name__}: {error}")
-            finally:
+            print_of = prints.get(damage, prints.get("kill", ""))
+            if code == CRASHED and print_of not in problems:
+                os.rename(left / damage, work)
+                problems[print_of] = _problem(scenario, fixtures, work, expected, looked)
                 shutil.rmtree(work)
+            problem = problems[print_of] if code == CRASHED else f"the command ended with {code}"
+            if problem:
+                count.wrong.append(f"{name}, {damage}, operation {stop_at}: {problem}")
+        shutil.rmtree(left)
         if mutate is not None and count.wrong:
-            break
-    return count
+            return count
+    raise AssertionError(f"{name} does not come to its end")
 
 
-def _states(scenario: Scenario, work: Path, *, check: bool = True) -> dict[str, State | None]:
-    return {hub: state_of(work / hub) for hub in scenario.hubs} if check else {}
+def _problem(scenario: Scenario, fixtures: Path, work: Path, expected: Expected, looked: Looked) -> str:
+    """What is wrong with what a crash left; empty if nothing is."""
+    try:
+        _check(scenario, fixtures, work, expected, looked)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
-def _check(
-    scenario: Scenario,
-    fixtures: Path,
-    work: Path,
-    done: Path,
-    before: dict[str, State | None],
-    after: dict[str, State | None],
-) -> None:
-    for hub in scenario.hubs if before else ():
-        seen = state_of(work / hub)
-        if scenario.atomic and seen not in (before[hub], after[hub]):
+def _check(scenario: Scenario, fixtures: Path, work: Path, expected: Expected, looked: Looked) -> None:
+    for hub, before in expected.before.items():
+        seen, after = looked.at(state_of, work / hub), expected.after[hub]
+        if scenario.atomic and seen not in (before, after):
             raise AssertionError(f"{hub}: neither the state before nor the one after")
-        if not between(seen, before[hub], after[hub]):
+        if not between(seen, before, after):
             raise AssertionError(f"{hub}: a mixture")
-        if seen is not None and (problems := Hub(work / hub).verify().problems):
-            raise AssertionError(f"{hub}: {problems[0]}")
+        if seen is not None and (problem := looked.at(problem_of, work / hub)):
+            raise AssertionError(f"{hub}: {problem}")
     scenario.command(work, fixtures)
-    if _states(scenario, work) != after:
+    if {hub: looked.at(state_of, work / hub) for hub in scenario.hubs} != expected.after:
         raise AssertionError("repeated, it gives another state")
     for hub in scenario.hubs:
-        Hub(work / hub).gc(partial_downloads=True)
-        left = tree_of(work / hub).items() ^ tree_of(done / hub).items()
+        left = looked.at(cleaned, work / hub).items() ^ expected.trees[hub].items()
         if left:
             raise AssertionError(f"{hub}: gc leaves {sorted(path for path, _ in left)[0]}")
-
-
-def _copy(source: Path, target: Path) -> Path:
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(source, target)
-    return target
 
 
 def _scratch() -> Iterator[Path]:

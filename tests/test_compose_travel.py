@@ -60,28 +60,32 @@ COMPOSED: Mapping[str, tuple[str, Make]] = {
 """The relation of the parents, and how each is made."""
 
 
-@pytest.fixture(scope="module", params=[LoraConfig(rank=3), BottleneckConfig(size=5)], ids=["lora", "bottleneck"])
-def arrived(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Hub, dict[str, Any], Any]:
+KINDS = {"lora": LoraConfig(rank=3), "bottleneck": BottleneckConfig(size=5)}
+CASES = [pytest.param(kind, name, id=f"{kind}-{name}") for kind in KINDS for name in COMPOSED]
+
+
+@pytest.fixture(scope="module")
+def arrived(tmp_path_factory: pytest.TempPathFactory) -> tuple[Hub, dict[str, Any], Any]:
     """The hub they were made in, the logits here, and the logits in another process after a pull."""
     home = tmp_path_factory.mktemp("travel")
     base = save_base("bert", home / "base")
     loaded = load_base(base, "classification")
     hub = Hub.create(home / "hub")
-    adapters = [make(loaded.model, request.param, labels=3, seed=seed) for seed in (1, 2)]
-    refs = [hub.put(f"parent{number}", adapter) for number, adapter in enumerate(adapters)]
     here = {}
-    for name, (relation, compose) in COMPOSED.items():
-        parents = [Parent(str(ref), hub.record(ref).digest, relation) for ref in refs]  # type: ignore[arg-type]
-        hub.put(name, compose(loaded, adapters, parents))
-        adapted = attach(loaded.model, {name: hub.get(name)})
-        with torch.no_grad(), adapted.route(name):
-            mask = torch.ones(2, 5, dtype=torch.long)
-            here[name] = adapted(input_ids=torch.tensor(IDS), attention_mask=mask).logits
-        adapted.detach()
-        hub.push(name, (home / "remote").as_uri())
-    argument = json.dumps([base, (home / "remote").as_uri(), list(COMPOSED), IDS])
+    for kind, config in KINDS.items():
+        adapters = [make(loaded.model, config, labels=3, seed=seed) for seed in (1, 2)]
+        refs = [hub.put(f"{kind}-parent{number}", adapter) for number, adapter in enumerate(adapters)]
+        for each, (relation, compose) in COMPOSED.items():
+            name = f"{kind}-{each}"
+            parents = [Parent(str(ref), hub.record(ref).digest, relation) for ref in refs]  # type: ignore[arg-type]
+            hub.put(name, compose(loaded, adapters, parents))
+            adapted = attach(loaded.model, {name: hub.get(name)})
+            with torch.no_grad(), adapted.route(name):
+                mask = torch.ones(2, 5, dtype=torch.long)
+                here[name] = adapted(input_ids=torch.tensor(IDS), attention_mask=mask).logits
+            adapted.detach()
+            hub.push(name, (home / "remote").as_uri())
+    argument = json.dumps([base, (home / "remote").as_uri(), list(here), IDS])
     done = subprocess.run(
         [sys.executable, "-c", THERE, argument, str(home / "there")], capture_output=True, text=True, check=False
     )
@@ -89,20 +93,21 @@ def arrived(
     return hub, here, json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", COMPOSED)
-def test_logits_are_equal_in_another_process(name: str, arrived: tuple[Hub, dict[str, Any], Any]) -> None:
-    _, here, there = arrived
-    assert torch.equal(here[name], torch.tensor(there[name]))
-    assert not torch.equal(here[name][0], here[name][1])
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_logits_are_equal_in_another_process(kind: str, name: str, arrived: tuple[Hub, dict[str, Any], Any]) -> None:
+    _, all_here, all_there = arrived
+    here, there = (each[f"{kind}-{name}"] for each in (all_here, all_there))
+    assert torch.equal(here, torch.tensor(there))
+    assert not torch.equal(here[0], here[1])
 
 
-@pytest.mark.parametrize("name", COMPOSED)
-def test_the_log_has_its_parents(name: str, arrived: tuple[Hub, dict[str, Any], Any]) -> None:
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_the_log_has_its_parents(kind: str, name: str, arrived: tuple[Hub, dict[str, Any], Any]) -> None:
     hub, _, _ = arrived
-    record = hub.record(name)
-    family = hub.lineage(name)
+    record = hub.record(f"{kind}-{name}")
+    family = hub.lineage(f"{kind}-{name}")
     edges = family.in_edges(record.digest, data=True)
     assert {(family.nodes[parent]["ref"], data["relation"]) for parent, _, data in edges} == {
-        ("parent0@1", COMPOSED[name][0]),
-        ("parent1@1", COMPOSED[name][0]),
+        (f"{kind}-parent0@1", COMPOSED[name][0]),
+        (f"{kind}-parent1@1", COMPOSED[name][0]),
     }
