@@ -16,9 +16,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from graftory.adapter import Adapter, TaskKind
 from graftory.adapters import AdaptedModel, attach, new_adapter
-from graftory.config import AdapterConfig, BottleneckConfig, LoraConfig
+from graftory.config import AdapterConfig, BottleneckConfig, Ia3Config, LoraConfig
 from graftory.errors import BaseMismatchError, ConfigError
 from graftory.training import Hooks, StepContext, TrainSettings, train
+from graftory.training.company import head_of
 from graftory.training.encode import Collator, encode
 from graftory.training.trainer import CHECKPOINT_FILE
 from tests.training_samples import tiny_base, tiny_rows, tiny_task
@@ -235,3 +236,14 @@ def test_going_on_from_an_adapter(tmp_path: Path) -> None:
 def test_impossible_settings(setting: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{setting}: got {value}, wanted"):
         replace(TrainSettings(), **{setting: value})
+
+
+def test_a_head_stands_alone_whatever_its_body_was(tmp_path: Path) -> None:
+    loaded = tiny_base("classification", tmp_path)
+    info = tiny_rows("classification").info(tiny_task("classification"))
+    adapter = new_adapter(loaded.model, Ia3Config(targets=("all",)), task=info, base=loaded.base)
+    head = head_of(adapter)  # (IA)^3 names targets twice
+    assert dict(head.tensors) == dict(adapter.head_tensors())
+    adapted = AdaptedModel(loaded.model, loaded.base)
+    adapted.add("head", head)
+    adapted.detach()

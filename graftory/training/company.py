@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graftory.adapter import Adapter, TaskKind
 from graftory.adapters import AdaptedModel
+from graftory.config import LoraConfig
 from graftory.data import Rows, TaskFile
 from graftory.errors import CorruptAdapterError
 from graftory.training.base import LoadedBase
@@ -95,6 +96,6 @@ def encoded(loaded: LoadedBase, task: TaskFile, rows: Rows) -> list[Example]:
 
 
 def head_of(adapter: Adapter) -> Adapter:
-    """The head of an adapter without its body."""
-    spec = replace(adapter.spec, config=replace(adapter.spec.config, targets=()))
+    """The head of an adapter without its body, whatever method that is of."""
+    spec = replace(adapter.spec, config=LoraConfig())
     return Adapter(spec, adapter.head_tensors())
