@@ -9,6 +9,8 @@ svd, ties: One linear layer of 4096 x 4096, four LoRAs of rank 16, merged and cu
 sum: Our `linear` and PEFT's `linear` against Σ w ΔW in float64, for equal ranks, and ours for mixed ones.
 smollm2, llama: All linear layers of SmolLM2-135M and of Llama-3-8B, four LoRAs of rank 16 with random factors: seconds
     of each method, and the most memory above the adapters themselves. `ties` has to make ΔW: for SmolLM2 only.
+export: the most memory of `hub export`, compared and not, as a share of the model's bytes; see export_memory.py. It
+    reads the three models of the catalogue and is run only where it is named.
 accuracy: what merges of six MiniLM adapters keep of each task, ours and PEFT's; see merging_accuracy.py. It takes
     hours, goes on where it was cut off, and is run only where it is named; the table is results/merging.md, too.
     A quick look: --parts accuracy --seeds 0 --tasks trec,sms --train-rows 200 --test-rows 100 --no-write
@@ -34,6 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import export_memory
 import merging_accuracy
 import peft
 import torch
@@ -48,7 +51,7 @@ from graftory.compose.merge.base import MergeParameters
 from graftory.versions import library_versions
 
 RESULTS = Path(__file__).parent / "results" / "merging.json"
-SLOW = {"accuracy"}
+SLOW = {"accuracy", "export"}
 ADAPTERS, RANK, WIDTH = 4, 16, 4096
 WEIGHTS = (0.4, 0.3, 0.2, 0.1)
 MIXED = (4, 8, 16, 32)
@@ -232,6 +235,7 @@ PARTS: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "sum": lambda _: exactness(),
     "smollm2": lambda options: whole_model("smollm2", named(options)),
     "llama": lambda options: whole_model("llama", named(options)),
+    "export": lambda _: export_memory.measured(),
     "accuracy": merging_accuracy.accuracy,
 }
 

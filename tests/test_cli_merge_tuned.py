@@ -38,7 +38,7 @@ def test_auto_shows_what_it_tried_and_is_made_again(home: Home) -> None:
     rows = found["auto"]["tried"]
     assert {"nothing", "single", "task arithmetic"} <= {row["floor"] for row in rows}
     assert found["auto"]["chosen"] == rows[0]["name"]
-    assert {"ties", "tsv", "regmean", "lego"} <= {row["method"] for row in rows if row["score"] is not None}
+    assert {"ties", "tsv", "regmean", "lego", "fisher"} <= {row["method"] for row in rows if row["score"] is not None}
     lineage = Hub.open(home.hub).record("best").spec.lineage
     assert lineage.parameters["method"] == rows[0]["method"]
     told = lineage.parameters["auto"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ from click.testing import CliRunner, Result
 
 from graftory import Hub
 from graftory.cli import cli
+from graftory.compose import merge
+from graftory.compose.select import greedy_soup
+from graftory.config import AdapterConfig, DoraConfig, Ia3Config
+from graftory.data import load_rows, load_task
+from graftory.errors import MergeError
+from graftory.training import Job, evaluate, load_base
+from tests.adapter_samples import make
 from tests.hub_samples import lora
 from tests.training_samples import save_base
 
@@ -86,6 +94,30 @@ def test_greedy_tries_them_on_a_task(home: Path) -> None:
     assert scores == sorted(scores, reverse=True)
     assert found["choices"][0]["chosen"]
     assert Hub.open(home / "hub").record("greedy").spec.lineage.parameters["on_rows"] == 20
+
+
+@pytest.mark.parametrize("config", [DoraConfig(rank=2), Ia3Config()], ids=lambda config: config.method)
+def test_greedy_has_the_base_for_adapters_whose_update_needs_it(config: AdapterConfig, home: Path) -> None:
+    hub, loaded = Hub.open(home / "hub"), load_base(str(home / "base"), "classification")
+    task, spec = load_task(str(home / "high.yaml")), hub.record("high").spec
+    assert spec.task is not None
+    rows = load_rows(task, "train", limit=20, seed=0)
+    adapters = {}
+    for number in range(2):
+        made = make(loaded.model, config, labels=2, seed=number)
+        adapters[f"{config.method}{number}"] = replace(made, spec=replace(made.spec, base=spec.base, task=spec.task))
+    for name, adapter in adapters.items():
+        hub.put(name, adapter)
+    arguments = ["merge", *adapters, "--method", "linear", "--select", "greedy", "--on", home / "high.yaml"]
+    name = f"greedy-{config.method}"
+    found = json.loads(run(home / "hub", *arguments, "--on-rows", 20, "--name", name, "--json").output)
+    first, second = found["selection"]["choices"]
+    parts = [adapters[row["name"].removesuffix("@1")] for row in (first, second)]
+    merged = merge(parts, "linear", base=loaded.model)
+    (metrics,) = evaluate(loaded, [Job("merged", merged, None, task, rows)])
+    assert f"with it {metrics[0].value:.4f}, without {first['score']:.4f}" in second["reason"]
+    with pytest.raises(MergeError, match="base"):
+        greedy_soup(adapters, lambda _: 0.0, method="linear")
 
 
 @pytest.mark.parametrize(

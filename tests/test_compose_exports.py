@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graftory.adapter import Adapter, AdapterSpec, BaseModel, Lineage, Parent
 from graftory.adapters import attach, base_of
 from graftory.compose import Source, export, export_folder, save_export
-from graftory.compose.exports import changes
+from graftory.compose.exports import changes, writer
 from graftory.config import AdapterConfig, BitfitConfig, DoraConfig, Ia3Config, LoraConfig
 from graftory.errors import BaseMismatchError, ConfigError, DataError, MergeError, ShapeError
 from tests.adapter_samples import make
@@ -377,6 +377,21 @@ def test_a_wrong_model_is_found_out_and_not_kept(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("graftory.compose.exports.stream.plan", forgetful)
     with pytest.raises(MergeError, match=r"differs from base \+ adapter by"):
         export_folder(str(tmp_path / "base"), adapter, tmp_path / "plain", batches=[{"input_ids": IDS}])
+    assert {each.name for each in tmp_path.iterdir()} == {"base"}
+
+
+def test_a_tensor_that_is_not_written_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = saved(bert, tmp_path / "base")
+    real = writer.write_shards
+
+    def short(folder: Path, planned: Any, **options: Any) -> Any:
+        return real(folder, [each for each in planned if each.name != "bert.pooler.dense.bias"], **options)
+
+    monkeypatch.setattr("graftory.compose.exports.stream.write_shards", short)
+    with pytest.raises(MergeError, match=r"does not find bert\.pooler\.dense\.bias in what was written"):
+        export_folder(
+            str(tmp_path / "base"), make(model, LoraConfig(rank=2)), tmp_path / "plain", batches=[{"input_ids": IDS}]
+        )
     assert {each.name for each in tmp_path.iterdir()} == {"base"}
 
 

@@ -19,7 +19,9 @@ from graftory.compose.merge.lego import LegoParameters
 from graftory.compose.merge.lorahub import LorahubParameters
 from graftory.compose.merge.tuning import AutoParameters, Candidate, auto_merge, tune_layers, tune_weights
 from graftory.compose.merge.tuning.adamerging import entropy_of, layer_of, pattern_of
+from graftory.compose.merge.tuning.auto import PORTFOLIO
 from graftory.compose.merge.tuning.lorahub import search
+from graftory.compose.record import record_examples
 from graftory.data import load_rows, load_task
 from graftory.errors import ConfigError, MergeError
 from graftory.hub import Hub
@@ -213,6 +215,7 @@ FEW = (
     Candidate("tsv", "tsv"),
     Candidate("soup", "soup"),
     Candidate("regmean", "regmean"),
+    Candidate("fisher", "fisher"),
 )
 
 
@@ -250,6 +253,37 @@ def test_auto_keeps_what_is_best_and_its_record_makes_it_again(home: Home) -> No
             with pytest.raises(MergeError, match="its method was found with all parents"):
                 merge_without(hub, ref, ["two"])
             assert merge_without(hub, ref, ["two"], weights=[1.0, 1.0]).spec.lineage.parents[0].weight == 1.0
+
+
+def test_auto_tries_fisher_on_as_many_examples_as_it_has_rows(home: Home) -> None:
+    """Its row, whether it wins or not, is the Fisher merge of so many examples; a record of it says how many."""
+    adapters = dict(home.adapters)
+    (row,) = [one for one in PORTFOLIO if one.method == "fisher"]
+    found = auto_merge(adapters, rows=5, seed=2, portfolio=[row])
+    (judged,) = [one for one in found.table if one.name == "fisher"]
+    inputs = record_examples(list(adapters.values()), None, limit=5, seed=2, gradients=True)
+    merged = merge(list(adapters.values()), "fisher", inputs=inputs)
+    bench = Bench(trials_of(adapters, 5, seed=2))
+    shares = []
+    for number, adapter in enumerate(adapters.values()):
+        after, own = (bench.judge_on(one, number).likelihood for one in (merged, adapter))
+        shares.append(after / own)
+    assert judged.score == pytest.approx(sum(shares) / 3, rel=1e-5)
+
+
+def test_auto_that_keeps_fisher_is_made_again(home: Home) -> None:
+    """On these two, and so few rows, it is the best; the record says how many examples it had looked at."""
+    from graftory.adapter import Parent
+
+    hub = Hub.open(home.hub)
+    names = ["two", "pair"]
+    records = [hub.record(name) for name in names]
+    adapters = {name: hub.get(name) for name in names}
+    parents = [Parent(str(record.ref), record.digest, "merged") for record in records]
+    found = auto_merge(adapters, rows=3, parents=parents, portfolio=[Candidate("fisher", "fisher")])
+    assert found.best.method == "fisher"
+    assert found.adapter.spec.lineage.parameters["per_domain"] == 3
+    assert merge_again(hub, hub.put("auto-fisher", found.adapter)).same
 
 
 def test_auto_takes_no_merge_that_is_worse_than_nothing(home: Home) -> None:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from graftory.commands.export_formats import FORMATS, Request
+from graftory.commands.export_formats import FORMATS, NOT_WRITTEN, TAKES, Request
 from graftory.commands.output import json_option, print_json
 from graftory.errors import ConfigError
 
 SHARD_SIZE = "5GB"
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Formats(click.Choice[str]):
+    """What can be written; of some others it is said what to take instead."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See `click.ParamType`."""
+        if value in NOT_WRITTEN:
+            self.fail(f"{NOT_WRITTEN[value]}.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 @click.command("export")
@@ -20,7 +32,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 @click.option(
     "--format",
     "form",
-    type=click.Choice(list(FORMATS)),
+    type=Formats(list(FORMATS)),
     default="model",
     show_default=True,
     help="What is written: one plain model, base and adapter as one graph (pt2), or the adapter alone for a library.",
@@ -45,9 +57,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 )
 @click.option("--dequantize", is_flag=True, help="Turn a quantised base back into floating-point numbers first.")
 @json_option
-@click.pass_obj
+@click.pass_context
 def command(
-    registry: str | None,
+    context: click.Context,
     ref: str,
     folder: Path,
     form: str,
@@ -64,8 +76,8 @@ def command(
     """Fold an adapter into its base and save one plain model, or write its files for another library.
 
     The base is read and written tensor by tensor. The saved model is loaded again with plain transformers and
-    its logits are compared with those of base + adapter on real inputs; the largest difference is printed and
-    stored beside it, and above what rounding explains (1e-3 in fp32) nothing is kept.
+    its logits are compared with those of base + adapter on real inputs, a layer at a time in memory; the largest
+    difference is printed and stored beside it, and above what rounding explains (1e-3 in fp32) nothing is kept.
 
     \b
     Example:
@@ -76,7 +88,8 @@ def command(
     """
     from graftory.hub import Hub
 
-    hub = Hub.open(registry)
+    _check_options(context, form, no_check)
+    hub = Hub.open(context.obj)
     record = hub.record(ref)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder; give a new one")
@@ -99,3 +112,21 @@ def command(
     else:
         for line in result.lines:
             click.echo(line)
+
+
+def _check_options(context: click.Context, form: str, no_check: bool) -> None:
+    """Refuse options that the format has no use for.
+
+    Raises:
+        ConfigError: If one was given.
+    """
+    for parameter in context.command.get_params(context):
+        name = parameter.name or ""
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        known = any(name in taken for taken in TAKES.values())
+        if known and name not in TAKES[form]:
+            forms = " and ".join(f"--format {other}" for other, taken in TAKES.items() if name in taken)
+            raise ConfigError(f"{parameter.opts[0]} and --format {form} do not go together; it is for {forms}")
+        if no_check and name in ("file", "rows"):
+            raise ConfigError(f"{parameter.opts[0]} and --no-check do not go together: nothing is compared")

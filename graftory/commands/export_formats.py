@@ -182,6 +182,20 @@ FORMATS: Mapping[str, Callable[[Request], Result]] = {
     "adapterhub": adapterhub,
 }
 """What can be written."""
+NOT_WRITTEN: Mapping[str, str] = {
+    "onnx": "ONNX is not written; --format pt2 writes base + adapter as one graph for torch, --format model one plain "
+    "model of transformers, which exporters to ONNX take",
+}
+"""What people ask for all the same, and what is there instead."""
+_COMPARED = frozenset({"head", "file", "rows"})
+TAKES: Mapping[str, frozenset[str]] = {
+    "model": _COMPARED | {"base", "no_check", "dtype", "max_shard_size", "dequantize"},
+    "pt2": _COMPARED | {"base"},
+    "vllm": frozenset({"base"}),
+    "peft": frozenset(),
+    "adapterhub": frozenset({"base"}),
+}
+"""Parameters of the command that go with each format, beside those that go with all."""
 
 
 def task_of(request: Request) -> TaskInfo:

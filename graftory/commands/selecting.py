@@ -118,13 +118,20 @@ class Chooser:
         return select(domains, new, method, settings, seed=self.seed)
 
     def _by_trying(self, adapters: Mapping[str, Adapter]) -> Selection:
+        from graftory.compose.merge.loading import base_for
         from graftory.compose.select import greedy_soup
 
+        base = base_for(list(adapters.values()), self.merge_method)
         score = self._score(next(iter(adapters.values())))
         settings = SelectSettings(**given_settings(SelectSettings))
         with working(f"trying {len(adapters)} adapters"):
             return greedy_soup(
-                adapters, score, method=self.merge_method, parameters=self.merge_parameters, most=settings.most
+                adapters,
+                score,
+                method=self.merge_method,
+                parameters=self.merge_parameters,
+                base=base,
+                most=settings.most,
             )
 
     def _by_track(self, adapters: Mapping[str, Adapter]) -> Selection:

@@ -33,6 +33,14 @@ _NAMES = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of a tensor lie, one behind the other."""
+
+    file: Path
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class Lying:
     """A tensor that has not been read."""
 
@@ -40,6 +48,8 @@ class Lying:
     dtype: torch.dtype
     read: Callable[[], Tensor]
     """Reads it into memory of its own, which may be written to."""
+    place: Place | None = None
+    """None if it lies in memory, or in a file of another kind than safetensors."""
 
 
 def lying_tensors(source: str, *, revision: str | None = None) -> dict[str, Lying]:
@@ -98,7 +108,7 @@ def _of_safetensors(file: Path) -> Iterator[tuple[str, Lying]]:
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:
             raise DataError(f"{file}: {entry.name} is of type {entry.dtype}, wanted one of {', '.join(DTYPES)}")
-        yield entry.name, Lying(entry.shape, dtype, partial(_read, file, entry, dtype))
+        yield entry.name, Lying(entry.shape, dtype, partial(_read, file, entry, dtype), Place(file, entry.begin))
 
 
 def _read(file: Path, entry: StoredTensor, dtype: torch.dtype) -> Tensor:

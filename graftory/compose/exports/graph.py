@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +24,19 @@ from graftory.compose.card import Facts, write_card
 from graftory.compose.exports.changes import apply, describe, head_plan, plan
 from graftory.compose.exports.check import ExportCheck, compare, recorded, tolerance
 from graftory.compose.exports.outline import outline
+from graftory.compose.exports.pages import Pages
 from graftory.compose.exports.staging import check_free, staged
-from graftory.compose.exports.stream import Batches, Exported, MakeBatches, Source, reference
+from graftory.compose.exports.stream import (
+    Batches,
+    Exported,
+    MakeBatches,
+    Source,
+    beside,
+    check_bases,
+    drawn,
+    new,
+    reference,
+)
 from graftory.config import AdapterConfig, BottleneckConfig, NormedBottleneckConfig
 from graftory.errors import ConfigError, MergeError, UnsupportedAdapterError
 from graftory.training.base import quiet
@@ -76,8 +86,11 @@ def export_graph(
     if not inputs:
         raise ConfigError("no batches: a graph is made and checked on inputs; give at least one row")
     check_method(given.adapter, found.model)
-    with staged(folder) as staging, TemporaryDirectory(prefix="graftory-logits-") as scratch:
-        logits = reference(found, given, headed, inputs, Path(scratch))
+    with staged(folder) as staging, beside(staging) as scratch:
+        pages = Pages(found.files, new(scratch, "base"))
+        fresh = drawn(found, head_plan(found.model, (headed or given).adapter).changes, pages)
+        check_bases(found, fresh, (given, headed))
+        logits = reference(found, pages, fresh, given, headed, inputs, new(scratch, "logits"))
         plain = with_adapter(found.load(), given.adapter, headed.adapter if headed else None)
         names = tuple(name for name in _INPUTS if name in inputs[0])
         program = traced(plain, {name: inputs[0][name] for name in names})

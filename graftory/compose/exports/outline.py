@@ -41,7 +41,8 @@ class Outline:
     """Where they lie, by the name in the model; those that the files lack are not here."""
     converted: Mapping[str, Lying]
     """Tensors from which transformers makes others when it loads them, by their name in files: they stay the same."""
-
+    files: Mapping[str, Lying]
+    """All of both, by their names in files: what transformers would load."""
     dequantised: bool = False
 
     @property
@@ -65,14 +66,7 @@ class Outline:
         return sum(torch.Size(each.shape).numel() * each.dtype.itemsize for each in tensors)
 
     def load(self) -> PreTrainedModel:
-        """The model itself, in fp32, as adapters are trained on it."""
-        if self.dequantised:
-            state = {name: tensor.read() for name, tensor in self.lying.items()}
-            with quiet():
-                made: PreTrainedModel = type(self.model).from_pretrained(
-                    None, config=self.model.config, state_dict=state, dtype=torch.float32
-                )
-            return made.eval()  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+        """The model itself in memory, in fp32, as adapters are trained on it; not for one that was dequantised."""
         if self.kind is not None and self.tokenizer is not None:
             return load_base(self.base.id, self.kind, revision=self.base.revision).model
         with quiet():
@@ -109,7 +103,7 @@ def outline(base: str, kind: TaskKind | None, *, revision: str | None = None, de
             "dequantize=True) to export it in floating-point numbers, give the unquantised base, or serve the adapter "
             "with attach()"
         )
-    lying, converted, made = _placed(model, files)
+    lying, converted, made, used = _placed(model, files)
     _untie(model, lying)
     groups = {name: group for name, group in _tensors(model).items() if name not in made}
     return Outline(
@@ -122,6 +116,7 @@ def outline(base: str, kind: TaskKind | None, *, revision: str | None = None, de
         {alias: name for name, group in groups.items() for alias in group if alias != name},
         {name: lying[found] for name, group in groups.items() if (found := _first(group, lying))},
         converted,
+        used,
         method is not None,
     )
 
@@ -188,8 +183,9 @@ def dequantized(
 
 def _placed(
     model: PreTrainedModel, files: Mapping[str, Lying]
-) -> tuple[dict[str, Lying], dict[str, Lying], frozenset[str]]:
-    """Tensors of files by transformers' names for them; those that it makes others from; those others' names."""
+) -> tuple[dict[str, Lying], dict[str, Lying], frozenset[str], dict[str, Lying]]:
+    """Tensors of files by transformers' names for them; those that it makes others from, by the files' names; those
+    others' names; and all that the model has a use for, by the files' names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -200,16 +196,18 @@ def _placed(
     lying: dict[str, Lying] = {}
     converted: dict[str, Lying] = {}
     made: set[str] = set()
+    used: dict[str, Lying] = {}
     for name, tensor in files.items():
         renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if renamed not in known:
             continue  # a head of another class, or a buffer of an older release: transformers drops it too
+        used[name] = tensor
         if converter is None:
             lying[renamed] = tensor
         else:
             converted[name] = tensor
             made.add(renamed)
-    return lying, converted, frozenset(made)
+    return lying, converted, frozenset(made), used
 
 
 def _written(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,9 @@ from graftory.adapters import attach
 from graftory.compose.card import Facts, write_card
 from graftory.compose.exports.changes import Plan, describe, plan
 from graftory.compose.exports.check import ExportCheck, compare, record_logits, recorded, tolerance
+from graftory.compose.exports.files import lying_tensors
 from graftory.compose.exports.outline import Outline, hashed, outline
+from graftory.compose.exports.pages import Pages
 from graftory.compose.exports.staging import check_free, staged
 from graftory.compose.exports.writer import Planned, Progress, write_shards
 from graftory.errors import BaseMismatchError, ConfigError, MergeError
@@ -82,8 +85,8 @@ def export_folder(
     """Fold an adapter into a base and write one plain model, which `AutoModel….from_pretrained(folder)` loads.
 
     One tensor of the base is in memory at a time; a weight is changed in fp64 and rounded once. With batches, base +
-    adapter is run first and the written model afterwards, each in fp32 and alone in memory; if they differ by more than
-    rounding explains, nothing is kept. The folder appears whole or not at all.
+    adapter is run first and the written model afterwards, each in fp32 and with a layer at a time in memory; if they
+    differ by more than rounding explains, nothing is kept. The folder appears whole or not at all.
 
     Args:
         base: A model id of the hub, a folder, or `wheel:NAME`.
@@ -112,17 +115,22 @@ def export_folder(
     task = (headed or given).adapter.spec.task
     found = outline(base, kind or (task.kind if task else None), revision=revision, dequantize=dequantize)
     todo = plan(found.model, given.adapter, headed.adapter if headed else None)
-    fresh = _fresh(found, todo)
-    check_bases(found, fresh, (given, headed))
-    inputs = batches(found.tokenizer) if callable(batches) else batches
     asked = WRITTEN_DTYPES[dtype] if dtype else None
-    planned = _planned(found, todo, fresh, asked)
-    with staged(folder) as staging, TemporaryDirectory(prefix="graftory-logits-") as scratch:
-        logits = () if inputs is None else reference(found, given, headed, inputs, Path(scratch))
+    with staged(folder) as staging, beside(staging) as scratch:
+        pages = Pages(found.files, new(scratch, "base"))
+        fresh = drawn(found, todo.changes, pages)
+        check_bases(found, fresh, (given, headed))
+        inputs = batches(found.tokenizer) if callable(batches) else batches
+        planned = _planned(found, todo, fresh, asked)
+        logits = () if inputs is None else reference(found, pages, fresh, given, headed, inputs, new(scratch, "logits"))
         files = write_shards(staging, planned, max_shard_size=max_shard_size, progress=progress)
         describe(found.model, task, todo.settings)
         _write_rest(found, staging, asked or found.dtype, revision)
-        check = None if inputs is None else _checked(found, staging, inputs, logits, asked or found.dtype, given)
+        check = None
+        if inputs is not None:
+            _check_found(type(found.model), staging)
+            check = _checked(found, staging, inputs, logits, new(scratch, "written"))
+            _judge(check, asked or found.dtype, given)
         size = sum(tensor.size for tensor in planned)
         name = str(asked or found.dtype).removeprefix("torch.")
         write_card(
@@ -166,13 +174,26 @@ def check_base(adapter: Adapter, mine: BaseModel) -> None:
             )
 
 
-def _fresh(found: Outline, todo: Plan) -> dict[str, Tensor]:
+@contextmanager
+def beside(staging: Path) -> Iterator[Path]:
+    """A folder for what a check needs, on the disk that is written to: that for temporary files may be memory."""
+    with TemporaryDirectory(prefix="check-", dir=staging.parent, ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def new(folder: Path, name: str) -> Path:
+    """A new folder in a folder."""
+    made = folder / name
+    made.mkdir()
+    return made
+
+
+def drawn(found: Outline, brought: Container[str], pages: Pages) -> dict[str, Tensor]:
     """Tensors that the base's files lack and the adapter does not bring, as they are whenever the base is loaded."""
-    names = [name for name in found.missing if name not in todo.changes]
+    names = [name for name in found.missing if name not in brought]
     if not names:
         return {}
-    with quiet():
-        state = found.load().state_dict()
+    state = pages.load(type(found.model), found.model.config).state_dict()
     return {name: state[name].clone() for name in names}
 
 
@@ -215,34 +236,65 @@ def _as(read: Any, name: str, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-def reference(found: Outline, given: Source, headed: Source | None, batches: Batches, folder: Path) -> tuple[Path, ...]:
-    """Write the logits of base + adapter to files in a folder, one a batch; the model is gone afterwards."""
-    with quiet():
-        model = found.load()
+def reference(
+    found: Outline,
+    pages: Pages,
+    fresh: Mapping[str, Tensor],
+    given: Source,
+    headed: Source | None,
+    batches: Batches,
+    folder: Path,
+) -> tuple[Path, ...]:
+    """Write the logits of base + adapter to files in a folder, one a batch; the model is gone afterwards.
+
+    Args:
+        found: The base, against which the adapters have been checked.
+        pages: Its files.
+        fresh: What they lack.
+        given: The adapter.
+        headed: The adapter whose head is used, if another.
+        batches: Inputs.
+        folder: An empty folder.
+    """
+    model = pages.load(type(found.model), found.model.config, fresh)
     named = {"exported": given.adapter} | ({"head": headed.adapter} if headed else {})
-    adapted = attach(model, named, check_base=not found.dequantised)
+    # their fingerprints would have all pages of the base read once more
+    adapted = attach(model, named, check_base=False)
     files = record_logits(adapted.eval(), batches, folder, name="exported", head="head" if headed else None)
     adapted.detach()
     del adapted, model
-    gc.collect()  # models are cycles: their memory is wanted for the next one
+    gc.collect()  # models are cycles
     return files
 
 
-def _checked(
-    found: Outline, folder: Path, batches: Batches, logits: Iterable[Path], dtype: torch.dtype, given: Source
-) -> ExportCheck:
+def _check_found(build: type[PreTrainedModel], folder: Path) -> None:
+    """Check that transformers finds every tensor of a model in a folder; hardly any numbers are read."""
+    loads: Any = build
     with quiet():
-        again: PreTrainedModel = type(found.model).from_pretrained(folder, dtype=torch.float32)
-    check = compare(again.eval(), batches, recorded(tuple(logits)))
-    del again
-    gc.collect()
+        _, told = loads.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    lost = sorted(map(str, (*told["missing_keys"], *told["mismatched_keys"])))
+    if lost:
+        raise MergeError(
+            f"transformers does not find {lost[0]} in what was written; nothing was kept; load the base and use "
+            "graftory.export(model, adapter), then save_export"
+        )
+
+
+def _checked(found: Outline, folder: Path, batches: Batches, logits: Sequence[Path], scratch: Path) -> ExportCheck:
+    """How far the written model is from the recorded logits."""
+    with quiet():
+        config = type(found.model.config).from_pretrained(folder)
+    again = Pages(lying_tensors(str(folder)), scratch).load(type(found.model), config)
+    return compare(again, batches, recorded(logits))
+
+
+def _judge(check: ExportCheck, dtype: torch.dtype, given: Source) -> None:
     allowed = tolerance(check, dtype)
     if not check.max_difference <= allowed:
         raise MergeError(
             f"{given.ref or 'the adapter'}: the saved model differs from base + adapter by {check.max_difference:.2e}, "
             f"wanted {allowed:.1e} or less; nothing was kept; export in fp32 (--dtype float32)"
         )
-    return check
 
 
 def _write_rest(found: Outline, folder: Path, dtype: torch.dtype, revision: str | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter
 from graftory.compose.merge import merge
@@ -43,6 +44,7 @@ def greedy_soup(
     *,
     method: str = "soup",
     parameters: MergeParameters | None = None,
+    base: PreTrainedModel | None = None,
     most: int = 5,
 ) -> Selection:
     """Add adapters in the order of their own scores, and keep each that does not make the merge worse.
@@ -55,6 +57,7 @@ def greedy_soup(
         score: Measures an adapter. It is called for each alone, and for each merge that is tried.
         method: The merge method, with equal weights.
         parameters: Of that method.
+        base: The base model, for adapters whose update depends on its weights, as in `merge`.
         most: At most so many.
 
     Raises:
@@ -70,7 +73,7 @@ def greedy_soup(
         if len(taken) == most:
             reasons[name] = f"{alone[name]:.4f} alone; there are {most} already"
             continue
-        tried = score(merge([adapters[one] for one in (*taken, name)], method, parameters=parameters))
+        tried = score(merge([adapters[one] for one in (*taken, name)], method, parameters=parameters, base=base))
         better = tried >= best
         reasons[name] = f"{alone[name]:.4f} alone; with it {tried:.4f}, without {best:.4f}"
         if better:

@@ -16,6 +16,7 @@ from graftory.compose.record import record_examples
 from graftory.config import option
 from graftory.errors import MergeError
 from graftory.schema import Json, encode
+from graftory.settings import SelectSettings
 
 ROWS = 16
 """Rows of each task that decide."""
@@ -64,6 +65,7 @@ PORTFOLIO: tuple[Candidate, ...] = (
     Candidate("pico", "pico"),
     Candidate("lego", "lego"),
     Candidate("regmean", "regmean"),
+    Candidate("fisher", "fisher"),
 )
 """What is tried, in order; of equals the first is taken."""
 
@@ -152,7 +154,7 @@ def auto_merge(
     bench = Bench(trials_of(adapters, rows, seed=seed), batch_size=batch_size)
     parts = list(adapters.values())
     own = [bench.judge_on(trial.adapter, number) for number, trial in enumerate(bench.trials)]
-    maker = _Maker(bench, parts, seed)
+    maker = _Maker(bench, parts, seed, rows)
     base = bench.judge(None)
     table = [Judged("nothing (the bare base)", None, "nothing", _score(base, own), _values(base))]
     recipes: dict[str, _Recipe] = {}
@@ -179,35 +181,48 @@ def auto_merge(
         "chosen": best.name,
         "tried": [{"name": row.name, "score": row.score} for row in ranked],
     }
-    told = encode({"auto": told, "seed": seed, **(notes or {})})
-    return Chosen(maker.make(recipes[best.name], parents, told), best, tuple(ranked), tasks)
+    recipe = recipes[best.name]
+    told = encode({"auto": told, "seed": seed, **maker.examples(recipe), **(notes or {})})
+    return Chosen(maker.make(recipe, parents, told), best, tuple(ranked), tasks)
 
 
 class _Maker:
     """Makes merges of the same adapters; what some of them look at is recorded once."""
 
-    def __init__(self, bench: Bench, parts: Sequence[Adapter], seed: int) -> None:
+    def __init__(self, bench: Bench, parts: Sequence[Adapter], seed: int, rows: int) -> None:
         self._bench = bench
         self._parts = parts
         self._seed = seed
-        self._inputs: Sequence[Mapping[str, Tensor]] | None = None
+        self._rows = rows
+        self._inputs: dict[bool, Sequence[Mapping[str, Tensor]]] = {}
         self._base = bench.loaded(bench.trials[0].task.kind).model if needs_base(parts) else None
 
+    def examples(self, recipe: _Recipe) -> dict[str, int]:
+        """How many examples of each task a method looks at, where it is another number than elsewhere: a gradient of
+        each costs a pass back through the model."""
+        return {"per_domain": self._rows} if recipe.parameters.gradients else {}
+
     def make(self, recipe: _Recipe, parents: Sequence[Parent] = (), notes: Mapping[str, Json] | None = None) -> Adapter:
-        inputs: Sequence[Mapping[str, Tensor]] = ()
-        if recipe.parameters.reads == "own tasks":
-            self._inputs = record_examples(self._parts, None, seed=self._seed) if self._inputs is None else self._inputs
-            inputs = self._inputs
         return merge(
             self._parts,
             recipe.method,
             weights=recipe.weights,
             parameters=recipe.parameters,
-            inputs=inputs,
+            inputs=self._looked_at(recipe) if recipe.parameters.reads == "own tasks" else (),
             base=self._base,
             parents=parents,
             notes=notes,
         )
+
+    def _looked_at(self, recipe: _Recipe) -> Sequence[Mapping[str, Tensor]]:
+        """What the adapters read of their own tasks, as a merge from the record would have it."""
+        gradients = recipe.parameters.gradients
+        if gradients not in self._inputs:
+            limit = self.examples(recipe).get("per_domain", SelectSettings().per_domain)
+            self._inputs[gradients] = record_examples(
+                self._parts, None, limit=limit, seed=self._seed, gradients=gradients
+            )
+        return self._inputs[gradients]
 
     def judged(self, candidate: Candidate, recipe: _Recipe, own: Sequence[Verdict]) -> Judged:
         try:
