@@ -21,10 +21,15 @@ def task(labels: int) -> TaskInfo:
 
 
 def shaken(adapter: Adapter, seed: int = 0) -> Adapter:
-    """The adapter with random weights everywhere, as if trained, so that its update is far from zero."""
+    """The adapter with random weights everywhere, as if trained, so that its update is far from zero; bits stay."""
     generator = torch.Generator().manual_seed(seed)
     noise = {key: 0.2 * torch.randn(value.shape, generator=generator) for key, value in adapter.tensors.items()}
-    return replace(adapter, tensors={key: value + noise[key] for key, value in adapter.tensors.items()})
+    return replace(
+        adapter,
+        tensors={
+            key: value + noise[key] if value.is_floating_point() else value for key, value in adapter.tensors.items()
+        },
+    )
 
 
 def make(model: Any, config: AdapterConfig, labels: int = 0, seed: int = 0) -> Adapter:

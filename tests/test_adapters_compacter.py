@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftory import Adapter, AdapterConfig, BottleneckConfig, Hub, LoraConfig, attach, export, merge, new_adapter
-from graftory.adapters.compacter import as_bottleneck
+from graftory.adapters.expansions import as_bottleneck
 from graftory.config import CompacterConfig, KronaConfig, Placement
 from graftory.errors import ConfigError, CorruptAdapterError, UnsupportedAdapterError
 from graftory.hub.codecs import codec_of

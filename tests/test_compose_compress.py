@@ -16,7 +16,7 @@ from torch import Tensor
 from graftory import Adapter, AdapterConfig, BottleneckConfig, Hub, LoraConfig, attach
 from graftory.adapter import Lineage, Parent, Storage, spec_from_json, spec_to_json
 from graftory.compose.compress import compress
-from graftory.config import BitfitConfig, CompacterConfig, DoraConfig, Ia3Config, KronaConfig, PrefixConfig
+from graftory.config import BitfitConfig, CodaConfig, CompacterConfig, DoraConfig, Ia3Config, KronaConfig, PrefixConfig
 from graftory.errors import ConfigError, CorruptAdapterError, UnsupportedAdapterError
 from graftory.hub.codecs import codec_of
 from graftory.hub.codecs.packed import PACKERS, rows_of
@@ -31,6 +31,7 @@ CONFIGS: tuple[AdapterConfig, ...] = (
     KronaConfig(factor=8),
     DoraConfig(rank=2),
     PrefixConfig(length=3),
+    CodaConfig(size=6),
 )
 PACKED: tuple[Storage, ...] = ("8bit", "1bit", "bitdelta")
 

@@ -22,12 +22,14 @@ from graftory.config import (
     DoraConfig,
     Ia3Config,
     LoraConfig,
+    SparseUpdateConfig,
     UpdateConfig,
 )
 from graftory.config.peft import PeftConfig
 from graftory.errors import BaseMismatchError, MergeError
 from graftory.hub import Hub
 from tests.merge_oracles import ties
+from tests.test_adapters_sparse_update import sparse
 from tests.test_compose_export import IDS, bert, gpt2, llama, logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -43,6 +45,8 @@ SETTINGS: Mapping[type[AdapterConfig], Mapping[str, Any]] = {
 
 def of_kind(model: Any, kind: type[AdapterConfig], seed: int = 0, **fields: Any) -> Adapter:
     """An adapter of a kind on every linear layer (BitFit: on norms too) whose tensors have all been moved."""
+    if kind is SparseUpdateConfig:
+        return sparse(model, (9, 0, 40), seed, labels=0, lora=("qv",))
     settings = {"targets": () if kind is BitfitConfig else ("all",), **SETTINGS.get(kind, {}), **fields}
     fresh = new_adapter(model, kind(**settings))
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,17 @@ from torch import Tensor
 
 from graftory import Adapter, AdapterConfig, BottleneckConfig, Hub, LoraConfig, attach, new_adapter
 from graftory.adapters import AdaptedModel
-from graftory.config import AdamixConfig, AdapterdropConfig, DyloraConfig, SoraConfig, SparseConfig
+from graftory.adapters.targets import linear_targets
+from graftory.config import (
+    AdamixConfig,
+    AdapterdropConfig,
+    DiffConfig,
+    DyloraConfig,
+    SoraConfig,
+    SparseConfig,
+    SparseUpdateConfig,
+    SptConfig,
+)
 from graftory.errors import ConfigError, UnsupportedAdapterError
 from graftory.hub.codecs import codec_of
 from graftory.settings import TrainSettings
@@ -38,6 +49,8 @@ WAYS: dict[str, AdapterConfig] = {
     "adapterdrop": AdapterdropConfig(size=4, most=1),
     "sparse": SparseConfig(size=12, pruned=0.75),
     "adamix": AdamixConfig(size=4, experts=3),
+    "diff": DiffConfig(keep=0.02),
+    "spt": SptConfig(rank=1, budget=0.05, sensitivity_rows=8),
 }
 
 
@@ -75,7 +88,7 @@ def test_every_way_has_a_recipe() -> None:
     ways = set(map(type, WAYS.values()))
     assert ways <= set(RECIPES)
     for config in WAYS.values():
-        assert config.stored_as in ("lora", "bottleneck")
+        assert config.stored_as in ("lora", "bottleneck", "sparse_update")
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -97,7 +110,7 @@ def test_what_is_kept_is_a_plain_adapter(
     assert any(
         value.abs().max() > 1e-3
         for key, value in adapter.tensors.items()
-        if key.endswith(("lora_B.weight", "up.weight"))
+        if key.endswith(("lora_B.weight", "up.weight", "sparse_value"))
     )
 
 
@@ -312,3 +325,38 @@ def test_gradient_checkpointing_runs_through_the_same_draw(loaded: LoadedBase) -
     saved = train(loaded, task, rows, DyloraConfig(rank=4), replace(QUICK, gradient_checkpointing=True), name="it")
     for key, value in plain.tensors.items():
         torch.testing.assert_close(saved.tensors[key], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["diff", "spt"])
+def test_a_sparse_update_is_the_base_plus_its_entries(
+    name: str, loaded: LoadedBase, learnt: dict[str, Adapter]
+) -> None:
+    """Against a copy of the model with W + ΔW in fp64; SPT within its budget, with both of what it has."""
+    adapter = learnt[name]
+    config, tensors = adapter.spec.config, adapter.tensors
+    plain: Any = loaded.model
+    moved: Any = copy.deepcopy(plain).double()
+    assert isinstance(config, SparseUpdateConfig)
+    for place in config.sparse:
+        flat = moved.get_submodule(place.path).weight.data.view(-1)
+        flat[tensors[f"{place.path}.sparse_index"].long()] += tensors[f"{place.path}.sparse_value"].double()
+    for path in config.low_rank.targets if config.low_rank else ():
+        a, b = (tensors[f"{path}.lora_{side}.weight"].double() for side in "AB")
+        moved.get_submodule(path).weight.data += 16.0 * b @ a
+    for key, value in adapter.head_tensors().items():
+        path, _, part = key.rpartition(".")
+        moved.get_submodule(path).register_parameter(part, torch.nn.Parameter(value.double()))
+    batch = {key: value % 40 for key, value in tiny_batch("bert").items()}
+    adapted = attach(loaded.model, {"it": adapter})
+    with adapted.route("it"), torch.no_grad():
+        torch.testing.assert_close(logits(adapted, batch).double(), logits(moved, batch), atol=1e-5, rtol=1e-5)
+    adapted.detach()
+    weights = sum(plain.get_submodule(path).weight.numel() for path in linear_targets(plain, ("all",)))
+    numbers = sum(value.numel() for key, value in adapter.body_tensors().items() if value.is_floating_point())
+    if name == "diff":
+        assert numbers == round(0.02 * weights)
+        return
+    assert 0 < numbers <= 0.05 * weights
+    assert config.sparse
+    assert config.low_rank is not None
+    assert not set(config.low_rank.targets) & {place.path for place in config.sparse}

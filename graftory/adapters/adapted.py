@@ -153,7 +153,9 @@ class AdaptedModel(nn.Module):
         before = {key: self._site(key).made.get(entry.slot) for key, _ in entry.sites}
         for key, path in entry.sites:
             site = self._site(key)
-            site.made[entry.slot] = {part: tensors[f"{path}.{part}"] for part in site.parts(entry.slot)}
+            own = {part: tensors[f"{path}.{part}"] for part in site.parts(entry.slot)}
+            site.made[entry.slot] = site.standing_in(entry.slot, own)
+            site.join(entry.slot, self._site(entry.sites[0][0]))
         try:
             yield
         finally:

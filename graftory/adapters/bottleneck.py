@@ -25,13 +25,14 @@ from graftory.adapter import Adapter
 from graftory.adapters.architectures import Architecture, matching, module_at, need_architecture
 from graftory.adapters.bank import Bank
 from graftory.adapters.banked_site import dropout_of
+from graftory.adapters.expanded import Expanded
+from graftory.adapters.expansions import EXPANSIONS
 from graftory.adapters.fusion_math import Source
 from graftory.adapters.fusion_site import FusableSite, named
 from graftory.adapters.method import Method
-from graftory.adapters.phm import RULE, Factored, phm_shapes
 from graftory.adapters.route import Selection
 from graftory.adapters.site import Site, key_of
-from graftory.config import Activation, BottleneckConfig, CompacterConfig, NormedBottleneckConfig, Placement
+from graftory.config import Activation, BottleneckConfig, NormedBottleneckConfig, Placement
 from graftory.errors import UnsupportedAdapterError
 from graftory.kernels import batched_bottleneck
 
@@ -50,25 +51,38 @@ class BottleneckSite(FusableSite[BottleneckConfig]):
         """Places in the bank of adapters whose D and U are made at each use."""
 
     def put(self, slot: str, config: Any, path: str, adapter: Adapter) -> None:
-        """See `Site.put`; a compacter keeps its factors, and stands in the bank with its size."""
-        if not isinstance(config, CompacterConfig):
+        """See `Site.put`; what makes its D and U of other weights keeps those, and stands in the bank with its size."""
+        kind = EXPANSIONS.get(type(config))
+        if kind is None:
             super().put(slot, config, path, adapter)
             return
-        shapes = phm_shapes(config, path, self.width)
-        own = {part: self.fitting(adapter, path, part, shape) for part, shape in shapes.items()}
-        first, n = config.targets[0], config.division
-        made = Factored(own, own.get(RULE, self.fitting(adapter, first, RULE, (n, n, n))))
-        dense = {f"{path}.{part}": made[part].detach() for part in (DOWN, DOWN_BIAS, UP, UP_BIAS)}
+        first = config.targets[0]
+        own = {
+            part: self.fitting(adapter, path, part, shape)
+            for part, shape in kind.shapes(config, path, self.width).items()
+        }
+        shared = {
+            part: own[part] if part in own else self.fitting(adapter, first, part, shape)
+            for part, shape in kind.shapes(config, first, self.width).items()
+            if part in kind.shares
+        }
+        made = kind(own, shared)
+        dense = {f"{path}.{part}": made[part].detach() for part in BottleneckConfig.parts}
         super().put(slot, config, path, Adapter(adapter.spec, dense))
         self.expanded[slot] = self.weights[slot].requires_grad_(False)
         self.weights[slot] = nn.ParameterDict({key_of(part): weight for part, weight in own.items()})
         self.made[slot] = made
 
     def join(self, slot: str, first: Site[Any]) -> None:
-        """See `Site.join`: a compacter has one A."""
+        """See `Site.join`: what only the first site has."""
         shared, made = first.made.get(slot), self.made.get(slot)
-        if isinstance(shared, Factored) and isinstance(made, Factored):
-            made.rule = shared.rule
+        if isinstance(shared, Expanded) and isinstance(made, Expanded):
+            made.shared = shared.shared
+
+    def standing_in(self, slot: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See `Site.standing_in`: D and U are made of these."""
+        made = self.made.get(slot)
+        return made.standing_in(tensors) if isinstance(made, Expanded) else tensors
 
     def drop(self, slot: str) -> None:
         """See `Site.drop`."""
@@ -77,9 +91,9 @@ class BottleneckSite(FusableSite[BottleneckConfig]):
             del self.expanded[slot], self.made[slot]
 
     def parts(self, slot: str) -> Sequence[str]:
-        """See `Site.parts`; a compacter's A is at its first site."""
+        """See `Site.parts`; what all sites share is at the first one."""
         made = self.made.get(slot)
-        return tuple(made.own) if isinstance(made, Factored) else super().parts(slot)
+        return tuple(made.own) if isinstance(made, Expanded) else super().parts(slot)
 
     def shapes(self, config: BottleneckConfig, path: str) -> Mapping[str, tuple[int, ...]]:
         """[size, d], [size], [d, size], [d]."""

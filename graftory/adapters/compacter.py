@@ -2,7 +2,7 @@
 
 U act(D h + c) + e, as a bottleneck in any of its placements, with D and U made by `phm.product`: n (size + d) k
 numbers a matrix in place of size d, and one A for all layers. They are expanded when they are used, so a compacter
-lies beside bottlenecks in a mixed batch, and `as_bottleneck` makes one of it.
+lies beside bottlenecks in a mixed batch, and `graftory.adapters.expansions.as_bottleneck` makes one of it.
 
 Fresh: A normal, s and t as Glorot draws them, but s of U, which is 0: the update is exactly zero at the start. (The
 paper's code draws A with a spread of 0.01 and has a small update at the start.)
@@ -10,38 +10,19 @@ paper's code draws A with a spread of 0.01 and has a small update at the start.)
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graftory.adapter import Adapter
 from graftory.adapters.architectures import module_at
 from graftory.adapters.bottleneck import BOTTLENECK, residual_width
 from graftory.adapters.method import Method
-from graftory.adapters.phm import DOWN, DOWN_BIAS, DOWN_RIGHT, RULE, UP, UP_BIAS, Factored, phm_shapes
-from graftory.config import BottleneckConfig, CompacterConfig
+from graftory.adapters.phm import DOWN_RIGHT, RULE, phm_shapes
+from graftory.config import CompacterConfig
 from graftory.errors import UnsupportedAdapterError
 
 _SPREAD = {DOWN_RIGHT, "phm_down_left", "phm_up_right"}
 """The parts that are drawn."""
-
-
-def as_bottleneck(adapter: Adapter) -> Adapter:
-    """The same adapter with D and U written out, as a plain bottleneck; other adapters as they are."""
-    config = adapter.spec.config
-    if not isinstance(config, CompacterConfig):
-        return adapter
-    rule = adapter.tensors[f"{config.targets[0]}.{RULE}"]
-    tensors = dict(adapter.head_tensors())
-    for path in config.targets:
-        own = {part: adapter.tensors[f"{path}.{part}"] for part in config.parts if part != RULE}
-        made = Factored(own, rule)
-        tensors |= {f"{path}.{part}": made[part].contiguous() for part in (DOWN, DOWN_BIAS, UP, UP_BIAS)}
-    plain = BottleneckConfig(**{field.name: getattr(config, field.name) for field in fields(BottleneckConfig)})
-    # adapters of one initialisation may be averaged number by number; these numbers are products
-    return Adapter(replace(adapter.spec, config=replace(plain, init_seed=None)), tensors)
 
 
 def _initial(

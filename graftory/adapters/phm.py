@@ -8,15 +8,16 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from graftory.config import BottleneckConfig, CompacterConfig
+from graftory.adapters.expanded import DOWN, Expanded
+from graftory.config import CompacterConfig
 
 DOWN_LEFT, DOWN_RIGHT, DOWN_BIAS, UP_LEFT, UP_RIGHT, UP_BIAS, RULE = CompacterConfig.parts
-DOWN, _, UP, _ = BottleneckConfig.parts
 
 
 def product(rule: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -39,21 +40,17 @@ def phm_shapes(config: CompacterConfig, path: str, width: int) -> dict[str, tupl
     return {**shapes, RULE: (n, n, n)} if path == config.targets[0] else shapes
 
 
-class Factored(Mapping[str, Tensor]):
-    """The weights of one site by part, and D and U, which are made from them whenever they are asked for."""
+class Factored(Expanded):
+    """A compacter's site: D and U are products, the biases its own."""
 
-    def __init__(self, own: Mapping[str, Tensor], rule: Tensor) -> None:
-        self.own, self.rule = own, rule
+    shares: ClassVar = (RULE,)
 
-    def __getitem__(self, part: str) -> Tensor:
-        if part == DOWN:
-            return product(self.rule, self.own[DOWN_LEFT], self.own[DOWN_RIGHT])
-        if part == UP:
-            return product(self.rule, self.own[UP_LEFT], self.own[UP_RIGHT])
-        return self.rule if part == RULE else self.own[part]
+    @staticmethod
+    def shapes(config: Any, path: str, width: int) -> Mapping[str, tuple[int, ...]]:
+        """See `Expanded.shapes`."""
+        return phm_shapes(config, path, width)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter((DOWN, UP, *self.own))
-
-    def __len__(self) -> int:
-        return len(self.own) + 2
+    def make(self, part: str) -> Tensor:
+        """See `Expanded.make`."""
+        left, right = (DOWN_LEFT, DOWN_RIGHT) if part == DOWN else (UP_LEFT, UP_RIGHT)
+        return product(self.shared[RULE], self.own[left], self.own[right])

@@ -94,6 +94,9 @@ class PrefixSite(BankedSite[PrefixConfig]):
         own = used.index[:, 0]
         return used.tensors[0][own], used.tensors[1][own]
 
+    def queries(self) -> None:
+        """See `prefix_attention.Watcher`: all."""
+
     @property
     def _tap(self) -> str:
         return f"{self.path} {type(self).__name__}"

@@ -1,4 +1,5 @@
-"""An attention that also sees keys and values from elsewhere, through transformers' own registry of attentions.
+"""An attention that also sees keys and values from elsewhere, or asks for some tokens alone, through transformers' own
+registry of attentions.
 
 A model calls the attention that its configuration names. While something is watched here the configuration names ours,
 which calls the one that was named before: as it is, unless the module's watcher has something to put in front.
@@ -42,17 +43,20 @@ class Front:
 
 
 class Watcher(Protocol):
-    """Something that puts keys and values in front."""
+    """Something that puts keys and values in front, or leaves queries out."""
 
     def front(self, batch: Tensor) -> Front | None:
-        """What to put in front of a batch [rows, ...]; None to leave the attention as it is."""
+        """What to put in front of a batch [rows, ...]; None to leave keys and values as they are."""
+
+    def queries(self) -> Tensor | None:
+        """The queries that are answered, [rows, K], of which the others get 0; None for all."""
 
 
 _WATCHERS: WeakKeyDictionary[nn.Module, tuple[Watcher, ...]] = WeakKeyDictionary()
 
 
 def watch(module: nn.Module, watcher: Watcher) -> None:
-    """Let a watcher put keys and values in front of those of an attention module.
+    """Let a watcher change what an attention module sees.
 
     Raises:
         UnsupportedAdapterError: If the model's attention is neither sdpa nor eager.
@@ -62,7 +66,7 @@ def watch(module: nn.Module, watcher: Watcher) -> None:
     if not named.startswith(_PREFIX):
         if named not in _KNOWN:
             raise UnsupportedAdapterError(
-                f"prefixes need an attention of {' or '.join(_KNOWN)}, the base has {named!r}; load it with "
+                f"prefixes and coda need an attention of {' or '.join(_KNOWN)}, the base has {named!r}; load it with "
                 "attn_implementation='sdpa'"
             )
         config._attn_implementation = _registered(named)
@@ -98,17 +102,36 @@ def _around(named: str) -> Callable[..., Any]:
     ) -> Any:
         default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         plain: Any = ALL_ATTENTION_FUNCTIONS.get(named, default)
-        front = _joined([watcher.front(query) for watcher in _WATCHERS.get(module, ())])
-        if front is None:
+        watchers = _WATCHERS.get(module, ())
+        front = _joined([watcher.front(query) for watcher in watchers])
+        chosen = next((found for watcher in watchers if (found := watcher.queries()) is not None), None)
+        if front is not None:
+            attention_mask = _with_slots(_explicit(attention_mask, module, query, key, options), front.used)
+            bias = options.get("position_bias")
+            if bias is not None:
+                options["position_bias"] = functional.pad(bias, (front.used.shape[1], 0))
+            key, value = (_in_front(own, more) for own, more in ((key, front.keys), (value, front.values)))
+        if chosen is None:
             return plain(module, query, key, value, attention_mask, **options)
-        mask = _with_slots(_explicit(attention_mask, module, query, key, options), front.used)
-        bias = options.get("position_bias")
-        if bias is not None:
-            options["position_bias"] = functional.pad(bias, (front.used.shape[1], 0))
-        key, value = (_in_front(own, more) for own, more in ((key, front.keys), (value, front.values)))
-        return plain(module, query, key, value, mask, **options)
+        if attention_mask is not None and attention_mask.shape[2] > 1:
+            attention_mask = attention_mask.take_along_dim(chosen[:, None, :, None], 2)
+        answers, weights = plain(module, _picked(query, chosen), key, value, attention_mask, **options)
+        answers = _spread(answers.transpose(1, 2), chosen, query.shape[2]).transpose(1, 2)
+        return answers, None if weights is None else _spread(weights, chosen, query.shape[2])
 
     return attention
+
+
+def _picked(query: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen [rows, K] of the queries [rows, heads, tokens, d]."""
+    return query.take_along_dim(chosen[:, None, :, None], 2)
+
+
+def _spread(answers: Tensor, chosen: Tensor, tokens: int) -> Tensor:
+    """[rows, heads, K, ...] at their places in [rows, heads, tokens, ...], with 0 elsewhere."""
+    rows, heads, _, width = answers.shape
+    whole = answers.new_zeros(rows, heads, tokens, width)
+    return whole.scatter(2, chosen[:, None, :, None].expand_as(answers), answers)
 
 
 def _joined(fronts: Sequence[Front | None]) -> Front | None:

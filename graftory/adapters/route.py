@@ -97,6 +97,26 @@ class Selection:
                 weights=None if self.weights is None else self.weights[picked, at : at + 1],
             )
 
+    def each(self) -> Iterator[tuple[str, Selection]]:
+        """Every slot with the rows that use it, one adapter a row: for sites whose adapters run one after the other."""
+        for part in self.apart():
+            if len(part.slots) == 1:
+                yield part.slots[0], part
+                continue
+            for number, slot in enumerate(part.slots):
+                picked = (part.index[:, 0] == number).nonzero()[:, 0]
+                if len(picked):
+                    yield (
+                        slot,
+                        Selection(
+                            slots=(slot,),
+                            rows=picked if part.rows is None else part.rows[picked],
+                            index=torch.zeros_like(part.index[picked]),
+                            places=part.places[picked],
+                            weights=None if part.weights is None else part.weights[picked],
+                        ),
+                    )
+
 
 class Route:
     """The choices of one batch: for each row its adapters with weights, and the adapter whose head it uses."""
@@ -106,8 +126,8 @@ class Route:
         self.heads = heads
         self.uniform = uniform
         """One choice for all rows, whatever the batch's size."""
-        self.taps: dict[str, Tensor] = {}
-        """Inputs that parallel adapters have picked up on their way through the model."""
+        self.taps: dict[str, Any] = {}
+        """What sites have picked up on the way through the model, for others to find."""
         self._selections: dict[tuple[object, ...], Selection | None] = {}
 
     def select(self, layout: tuple[str | None, ...], x: Tensor) -> Selection | None:

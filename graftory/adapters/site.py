@@ -111,6 +111,11 @@ class Site(nn.Module, ABC, Generic[C]):
     def join(self, slot: str, first: Site[Any]) -> None:
         """Take the weights that all sites of an adapter share from the first of them; most methods share none."""
 
+    def standing_in(self, slot: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What `made` has of tensors, by part, that stand in for an adapter's."""
+        del slot
+        return tensors
+
     def fitting(self, adapter: Adapter, path: str, part: str, shape: tuple[int, ...]) -> nn.Parameter:
         """A copy of one tensor of an adapter, where the base is.
 
@@ -121,7 +126,7 @@ class Site(nn.Module, ABC, Generic[C]):
         if tensor is None or tuple(tensor.shape) != shape:
             got = "nothing" if tensor is None else str(tuple(tensor.shape))
             raise ShapeError(f"{path}.{part}: got {got}, wanted {shape} for this base and configuration")
-        return nn.Parameter(tensor.detach().to(self.device()).clone())
+        return nn.Parameter(tensor.detach().to(self.device()).clone(), tensor.is_floating_point())
 
     def parts(self, slot: str) -> Sequence[str]:
         """The names of an adapter's tensors here, behind the path."""
@@ -140,8 +145,9 @@ class Site(nn.Module, ABC, Generic[C]):
         return {f"{path}.{part}": self.get(slot, part) for part in self.parts(slot)}
 
     def learn(self, slot: str, learns: bool) -> None:
-        """Let an adapter's weights learn, or freeze them."""
-        self.weights[slot].requires_grad_(learns)
+        """Let an adapter's weights learn, or freeze them; bits never do."""
+        for weight in self.weights[slot].parameters():
+            weight.requires_grad_(learns and weight.is_floating_point())
 
     def get(self, slot: str, part: str) -> Tensor:
         """One weight of one adapter."""

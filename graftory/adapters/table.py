@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from graftory.adapters.apt import APT
 from graftory.adapters.bitfit import BITFIT
 from graftory.adapters.bottleneck import BOTTLENECK, NORMED_BOTTLENECK
+from graftory.adapters.coda import CODA
 from graftory.adapters.compacter import COMPACTER
 from graftory.adapters.dora import DORA
 from graftory.adapters.fusion import FUSION
@@ -18,7 +19,9 @@ from graftory.adapters.method import Method
 from graftory.adapters.peft_trained.table import PEFT_METHODS
 from graftory.adapters.prefix import PREFIX
 from graftory.adapters.prompt import PROMPT
+from graftory.adapters.propetl import PROPETL
 from graftory.adapters.smop import SMOP
+from graftory.adapters.sparse_update import DIFF, SPARSE_UPDATE, SPT
 from graftory.adapters.unipelt import UNIPELT
 from graftory.adapters.update import UPDATE
 from graftory.adapters.ways import WAYS
@@ -33,17 +36,22 @@ METHODS: Mapping[str, Method] = {
         IA3,
         BITFIT,
         UPDATE,
+        SPARSE_UPDATE,
         PREFIX,
         APT,
         BOTTLENECK,
         COMPACTER,
+        PROPETL,
         KRONA,
         UNIPELT,
+        CODA,
         NORMED_BOTTLENECK,
         FUSION,
         SMOP,
         PROMPT,
         *WAYS,
+        DIFF,
+        SPT,
         LORA_BIAS,
         *PEFT_METHODS,
     )

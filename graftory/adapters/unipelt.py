@@ -11,18 +11,17 @@ the whole text, so encoders alone can have it. A row takes one such adapter at w
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import linear_widths, matching, module_at, need_architecture
 from graftory.adapters.bank import Bank
-from graftory.adapters.banked_site import BankedSite, Used
+from graftory.adapters.banked_site import Used
 from graftory.adapters.bottleneck import BOTTLENECK, BottleneckSite, residual_width
 from graftory.adapters.lora import LORA, LoraSite
 from graftory.adapters.method import Method
@@ -30,22 +29,18 @@ from graftory.adapters.prefix import PREFIX
 from graftory.adapters.prefix_reading import ReadingPrefixSite, encoder_attentions
 from graftory.adapters.route import Selection
 from graftory.adapters.targets import linear_targets
+from graftory.adapters.text_mask import MaskReading
 from graftory.config import AdapterConfig, BottleneckConfig, LoraConfig, PrefixConfig, UnipeltConfig
-from graftory.errors import RouteError, UnsupportedAdapterError
+from graftory.errors import UnsupportedAdapterError
 
 GATE, GATE_BIAS = UnipeltConfig.parts[-2:]
-_MASK = "unipelt mask"
 
 
-class Gated(BankedSite[Any]):
+class Gated(MaskReading[Any]):
     """What the three kinds of sites share: gates, and the mask of the batch."""
 
     inputs: int
     """Width of what gates read."""
-
-    def listen_to_mask(self, model: PreTrainedModel) -> None:
-        """Note the attention mask whenever the backbone is called."""
-        self.handles.append(model.base_model.register_forward_pre_hook(self._read, with_kwargs=True))
 
     def gate_shapes(self) -> dict[str, tuple[int, ...]]:
         """w [d] and b [1]."""
@@ -60,29 +55,11 @@ class Gated(BankedSite[Any]):
         own = used.index[:, 0]
         weight, bias = (tensor[own].to(x.dtype) for tensor in used.tensors[-2:])
         each = torch.sigmoid(torch.einsum("esd,ed->es", x, weight) + bias)
-        route = self.route()
-        mask = route.taps.get(_MASK) if route is not None else None
+        mask = self.mask_for(x.shape[1], UnipeltConfig.method)
         if mask is None:
-            raise RouteError(
-                f"{self.path}: a layer of unipelt runs without its model, as under gradient checkpointing; leave "
-                "that out"
-            )
-        if not mask.numel():
             return each.mean(1)
-        if mask.shape[1] != x.shape[1]:
-            raise RouteError(
-                f"{self.path}: {x.shape[1]} tokens, the mask has {mask.shape[1]}; a batch with soft prompts has no "
-                "rows of unipelt"
-            )
         seen = selection.take(mask).to(x.dtype)
         return (each * seen).sum(1) / seen.sum(1).clamp(min=1)
-
-    def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        route = self.route()
-        if route is not None:
-            named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-            mask = named.get("attention_mask")
-            route.taps[_MASK] = mask if isinstance(mask, Tensor) and mask.dim() == 2 else torch.empty(0)
 
 
 class GatedLoraSite(Gated, LoraSite):

@@ -11,6 +11,7 @@ SUBCOMMANDS: Mapping[str, str] = {
     "suggest": "Propose parents for a new task, with reasons.",
     "fusion": "Attend over the outputs of several adapters (AdapterFusion).",
     "hyperformer": "Train one generator of adapters on several tasks (Hyperformer).",
+    "pha": "Train one generator of adapters with prototypes of its tasks (PHA).",
     "export-task": "Write one task of a hyperformer as a plain adapter.",
     "attention": "Show which adapters a fusion attends to.",
     "leave-one-out": "Measure a fusion without each of its parents.",

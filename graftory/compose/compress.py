@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from graftory.adapter import TASK_SOURCE, Adapter, Lineage, Metric, Parent, Storage
-from graftory.adapters.compacter import as_bottleneck
+from graftory.adapters.expansions import as_bottleneck
 from graftory.compose.merge.base import Body, body_of
 from graftory.compose.merge.kinds import KINDS, delta_at
 from graftory.config import BottleneckConfig, LoraConfig
@@ -179,7 +179,9 @@ def _size(files: Mapping[str, bytes]) -> int:
 
 
 def _weights(old: Adapter, new: Adapter) -> float | None:
-    before, after = old.body_tensors(), new.body_tensors()
+    before, after = (
+        {key: value for key, value in each.body_tensors().items() if value.is_floating_point()} for each in (old, new)
+    )
     if {key: value.shape for key, value in before.items()} != {key: value.shape for key, value in after.items()}:
         return None
     return _relative([(after[key].double(), value.double()) for key, value in before.items()])

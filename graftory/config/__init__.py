@@ -18,9 +18,11 @@ from graftory.config.bottleneck import (
     CompacterConfig,
     NormedBottleneckConfig,
     Placement,
+    PropetlConfig,
     SparseConfig,
 )
 from graftory.config.composed import ComposedConfig, FusionConfig, FusionPlace, PromptConfig, Shape, SmopConfig, Track
+from graftory.config.conditional import Attends, CodaConfig
 from graftory.config.hyperformer import HyperformerConfig, HyperPlace, HyperTask
 from graftory.config.low_rank import (
     Biases,
@@ -32,7 +34,9 @@ from graftory.config.low_rank import (
     SoraConfig,
 )
 from graftory.config.peft import PEFT_CONFIGS
+from graftory.config.pha import PhaConfig
 from graftory.config.prefix import AptConfig, PrefixConfig, UnipeltConfig
+from graftory.config.sparse_update import DiffConfig, SparsePlace, SparseUpdateConfig, SptConfig
 from graftory.config.updates import BitfitConfig, Ia3Config, KronaConfig, UpdateConfig
 from graftory.errors import ConfigError
 from graftory.schema import Json, decode, encode
@@ -44,11 +48,14 @@ __all__ = [
     "AdapterConfig",
     "AdapterdropConfig",
     "AptConfig",
+    "Attends",
     "Biases",
     "BitfitConfig",
     "BottleneckConfig",
+    "CodaConfig",
     "CompacterConfig",
     "ComposedConfig",
+    "DiffConfig",
     "DoraConfig",
     "DyloraConfig",
     "FusionConfig",
@@ -62,13 +69,18 @@ __all__ = [
     "LoraConfig",
     "LowRankConfig",
     "NormedBottleneckConfig",
+    "PhaConfig",
     "Placement",
     "PrefixConfig",
     "PromptConfig",
+    "PropetlConfig",
     "Shape",
     "SmopConfig",
     "SoraConfig",
     "SparseConfig",
+    "SparsePlace",
+    "SparseUpdateConfig",
+    "SptConfig",
     "Track",
     "UnipeltConfig",
     "UpdateConfig",
@@ -86,22 +98,28 @@ CONFIGS: Mapping[str, type[AdapterConfig]] = {
         Ia3Config,
         BitfitConfig,
         UpdateConfig,
+        SparseUpdateConfig,
         PrefixConfig,
         AptConfig,
         BottleneckConfig,
         CompacterConfig,
+        PropetlConfig,
         KronaConfig,
         UnipeltConfig,
+        CodaConfig,
         DyloraConfig,
         SoraConfig,
         AdapterdropConfig,
         SparseConfig,
         AdamixConfig,
+        DiffConfig,
+        SptConfig,
         NormedBottleneckConfig,
         FusionConfig,
         SmopConfig,
         PromptConfig,
         HyperformerConfig,
+        PhaConfig,
     )
 } | {kind.method: kind for kind in PEFT_CONFIGS}
 """Every method that can be stored, by name."""

@@ -22,6 +22,10 @@ class AdapterConfig:
     method: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
     """Names of a method's tensors at one site, behind the module path."""
+    whole_numbers: ClassVar[tuple[str, ...]] = ()
+    """Those of them that are positions, int32, and do not learn."""
+    bits: ClassVar[tuple[str, ...]] = ()
+    """Those of the parts that are bytes of bits (uint8), not floats."""
     trained_by: ClassVar[str] = "train"
     """The command that makes it: `train` from rows alone, `compose` on top of other adapters."""
     stored_as: ClassVar[str | None] = None

@@ -84,6 +84,34 @@ class CompacterConfig(BottleneckConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PropetlConfig(BottleneckConfig):
+    """ProPETL (Zeng et al. 2023, arXiv:2305.17682): one bottleneck for all layers, and a binary mask for each."""
+
+    method: ClassVar[str] = "propetl"
+    parts: ClassVar[tuple[str, ...]] = (
+        "mask_down",
+        "mask_up",
+        "prototype_down.weight",
+        "prototype_down.bias",
+        "prototype_up.weight",
+        "prototype_up.bias",
+    )
+    bits: ClassVar[tuple[str, ...]] = parts[:2]
+
+    kept: float = option("share of the common weights that a layer keeps", 0.5)
+    mask_learning_rate: float = option("highest learning rate of the scores that masks are made of", 3e-3)
+
+    def __post_init__(self) -> None:
+        BottleneckConfig.__post_init__(self)
+        if self.size_pattern:
+            raise ConfigError("size_pattern: all layers of propetl share one bottleneck, wanted none; set size")
+        if not 0 < self.kept <= 1:
+            raise ConfigError(f"kept: got {self.kept}, wanted more than 0 and at most 1")
+        if not (math.isfinite(self.mask_learning_rate) and self.mask_learning_rate >= 0):
+            raise ConfigError(f"mask_learning_rate: got {self.mask_learning_rate}, wanted a finite number of 0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterdropConfig(BottleneckConfig):
     """AdapterDrop (Rücklé et al. 2021, arXiv:2010.11918): a bottleneck that also works without its first n layers."""
 

@@ -75,6 +75,11 @@ class HyperformerConfig(ComposedConfig):
         if any(min(p.layer, p.position, p.inputs - 1, p.outputs - 1) < 0 for p in self.places):
             raise ConfigError("places: wanted layers and positions from 0, and widths of 1 or more")
 
+    def reading(self, width: int) -> HyperformerConfig:
+        """The same for a base of hidden states of a width, where something reads them."""
+        del width
+        return self
+
     @property
     def stacks(self) -> tuple[str, ...]:
         """The stacks of layers, each with a generator of its own."""

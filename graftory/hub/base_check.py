@@ -14,6 +14,7 @@ from graftory.adapter import AdapterSpec
 from graftory.config import (
     AdapterConfig,
     BottleneckConfig,
+    CodaConfig,
     CompacterConfig,
     DoraConfig,
     FusionConfig,
@@ -21,6 +22,9 @@ from graftory.config import (
     KronaConfig,
     LoraConfig,
     NormedBottleneckConfig,
+    PhaConfig,
+    PropetlConfig,
+    SparseUpdateConfig,
 )
 from graftory.errors import BaseMismatchError, CorruptAdapterError, DataError
 from graftory.hub import strict_json
@@ -167,10 +171,24 @@ def _compacter_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Itera
         yield _Need(path, found.get(f"{path}.{CompacterConfig.parts[5]}", ()))
 
 
+def _propetl_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Iterator[_Need]:
+    # one prototype, so one width
+    width = found.get(f"{config.targets[0]}.{PropetlConfig.parts[5]}", ())
+    return (_Need(path, width) for path in config.targets)
+
+
 def _krona_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Iterator[_Need]:
     for path in config.targets:
         (p, f), (g, q) = (_matrix(found, f"{path}.{part}") for part in KronaConfig.parts)
         yield _Need(path, (g * q, p * f))
+
+
+def _sparse_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Iterator[_Need]:
+    assert isinstance(config, SparseUpdateConfig)
+    for place in config.sparse:
+        yield _Need(place.path, (place.inputs, place.outputs))
+    if config.low_rank is not None:
+        yield from _lora_needs(config.low_rank, found)
 
 
 def _fusion_needs(config: AdapterConfig, found: Mapping[str, Shape]) -> Iterator[_Need]:
@@ -190,10 +208,14 @@ _NEEDS: Mapping[type[AdapterConfig], Callable[[AdapterConfig, Mapping[str, Shape
     LoraConfig: _lora_needs,
     DoraConfig: _lora_needs,
     BottleneckConfig: _bottleneck_needs,
+    CodaConfig: _bottleneck_needs,
     CompacterConfig: _compacter_needs,
+    PropetlConfig: _propetl_needs,
     KronaConfig: _krona_needs,
+    SparseUpdateConfig: _sparse_needs,
     NormedBottleneckConfig: _bottleneck_needs,
     HyperformerConfig: _hyper_needs,
+    PhaConfig: _hyper_needs,
     FusionConfig: _fusion_needs,
 }
 """What each method needs; of another one, its modules by name."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Matrix = NDArray[np.float64]
 
-_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I32": "<i4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +137,8 @@ class Values:
         raw = memoryview(self._files[number])[tensor.begin : tensor.end]
         if tensor.dtype == "BF16":  # the upper half of a float32
             plain = (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+        elif tensor.dtype == "U8":  # bytes of bits: how many of them differ is what tells two apart
+            return np.unpackbits(np.frombuffer(raw, dtype=np.uint8)).astype(np.float64)
         else:
             plain = np.frombuffer(raw, dtype=_NUMPY[tensor.dtype])
         return plain.astype(np.float64).reshape(tensor.shape)

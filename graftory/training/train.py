@@ -109,6 +109,8 @@ def train_in_company(
         company.join(adapted)
         adapted.train_only(name, *company.heads)
         recipe = recipe_of(Scene(adapted, name, task.kind, examples, loaded.tokenizer.pad_token_id, settings))
+        # a recipe may have put another adapter in the place of the fresh one
+        adapted.train_only(name, *company.heads)
         hooks = recipe.joined(hooks)
         if output_dir is not None and not recipe.resumes:
             raise ConfigError(

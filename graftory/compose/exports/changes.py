@@ -18,8 +18,10 @@ from graftory.config import (
     AdapterConfig,
     AptConfig,
     BottleneckConfig,
+    CodaConfig,
     HyperformerConfig,
     NormedBottleneckConfig,
+    PhaConfig,
     PrefixConfig,
     PromptConfig,
     SmopConfig,
@@ -41,6 +43,8 @@ _OBSTACLES: Mapping[type[AdapterConfig], str] = {
     PrefixConfig: "is keys and values in front of the text's",
     AptConfig: "is keys and values in front of the text's",
     HyperformerConfig: "makes adapters (take one task's with hub compose export-task)",
+    PhaConfig: "makes adapters (take one task's with hub compose export-task)",
+    CodaConfig: "chooses tokens by what it reads",
     NormedBottleneckConfig: "has a non-linearity and a norm",
 }
 """Why an adapter cannot be folded in, where it is another reason than most have."""

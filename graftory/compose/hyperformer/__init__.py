@@ -1,4 +1,4 @@
-"""Hyperformer: one generator that makes the adapters of many tasks."""
+"""Hyperformer and PHA: one generator that makes the adapters of many tasks."""
 
 from graftory.compose.hyperformer.module import generate, hyper_config, new_hyperformer, task_adapter
 from graftory.compose.hyperformer.training import add_task, hyperformer

@@ -20,12 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter, AdapterSpec, BaseModel, Lineage, Parent, TaskInfo
-from graftory.adapters import base_of
+from graftory.adapters import AdaptedModel, base_of
 from graftory.adapters.architectures import linear_widths
 from graftory.adapters.bottleneck import NORMED_BOTTLENECK, residual_width
 from graftory.adapters.lora import LORA
@@ -66,7 +66,7 @@ def hyper_config(model: PreTrainedModel, config: HyperformerConfig) -> Hyperform
                 path=path, stack=stack, layer=known.index(layer), position=position, inputs=inputs, outputs=outputs
             )
         )
-    return replace(config, targets=paths, places=tuple(places))
+    return replace(config, targets=paths, places=tuple(places)).reading(int(model.config.hidden_size))
 
 
 def _where(path: str) -> tuple[str, tuple[str, ...]]:
@@ -122,6 +122,8 @@ def new_hyperformer(
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     last = name.rpartition(".")[2]
+    if name.startswith("retriever.") and last == "weight":
+        return nn.init.kaiming_uniform_(torch.empty(shape), a=5**0.5, generator=generator)
     if last in ("embedding", "layers", "positions"):
         return torch.randn(shape, generator=generator)
     if name.endswith("norm.weight"):
@@ -156,6 +158,13 @@ def generate(config: HyperformerConfig, tensors: Mapping[str, Tensor], task: int
             flat = functional.linear(source, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
             made[f"{place.path}.{part}"] = flat.view(shape)
     return made
+
+
+def live_tensors(adapted: AdaptedModel) -> dict[str, Tensor]:
+    """The tensors of a hyperformer that learns in a model, but its heads', by their names in `Adapter.tensors`."""
+    generator = adapted.generator
+    assert isinstance(generator, nn.ParameterDict)
+    return {name.replace("/", "."): value for name, value in generator.items()}
 
 
 def plain_config(config: HyperformerConfig) -> NormedBottleneckConfig | LoraConfig:

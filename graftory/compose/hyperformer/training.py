@@ -16,11 +16,20 @@ from transformers import TrainerCallback
 
 from graftory.adapter import Adapter, Lineage, Parent
 from graftory.adapters import AdaptedModel, new_adapter
-from graftory.compose.hyperformer.module import config_of, generate, info_of, new_hyperformer, plain_config
+from graftory.compose.hyperformer.module import (
+    config_of,
+    generate,
+    info_of,
+    live_tensors,
+    new_hyperformer,
+    plain_config,
+)
+from graftory.compose.hyperformer.retriever import Contrast, similarities, task_features
 from graftory.compose.hyperformer.sampler import TaskSampler
-from graftory.config import HyperformerConfig, HyperTask
+from graftory.config import HyperformerConfig, HyperTask, PhaConfig
 from graftory.data import Rows, TaskFile
 from graftory.errors import ConfigError
+from graftory.schema import Json
 from graftory.schema import encode as to_json
 from graftory.settings import HyperformerSettings
 from graftory.training import LoadedBase
@@ -28,7 +37,7 @@ from graftory.training.company import encoded
 from graftory.training.encode import TASK_NUMBER, Collator, Example
 from graftory.training.progress import TrainingProgress
 from graftory.training.train import claim, training_arguments
-from graftory.training.trainer import AdapterTrainer, Hooks
+from graftory.training.trainer import AdapterTrainer, Hooks, LossTerm
 from graftory.versions import library_versions
 
 
@@ -43,7 +52,7 @@ def hyperformer(
     output_dir: str | Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Adapter:
-    """Train a generator of adapters on several tasks at once; the base does not change.
+    """Train a generator of adapters on several tasks at once, a hyperformer or PHA; the base does not change.
 
     Each batch is of one task, drawn with p ∝ rows^(1/T). The generator, the embeddings and each task's head learn. The
     paper also trains the base's own layer norms; here the base is frozen, so that adapters of one base mix.
@@ -93,6 +102,8 @@ def add_task(
 ) -> Adapter:
     """Teach a hyperformer one more task: only its embedding and its head learn, all else stays bit for bit.
 
+    The embedding starts at random, or, for PHA, as the prototype that the retriever finds nearest to the rows.
+
     Raises:
         ConfigError: If it knows the task already, or it is of another kind.
         UnsupportedAdapterError: If `hyper` is no hyperformer.
@@ -107,14 +118,28 @@ def add_task(
     described, head = _describe(loaded, task, rows, source, settings)
     number = len(config.tasks)
     grown = replace(config, tasks=(*config.tasks, described))
-    generator = torch.Generator().manual_seed(settings.seed)
-    more = {f"tasks.{number}.embedding": torch.randn(config.embedding, generator=generator)}
+    embedding, notes = _first_embedding(loaded, hyper, rows, settings)
+    more = {f"tasks.{number}.embedding": embedding}
     more |= {f"tasks.{number}.head.{key}": value for key, value in head.items()}
     start = Adapter(replace(hyper.spec, config=grown), {**hyper.tensors, **more})
     run = _Run(loaded, start, ((task, rows),), number, settings, name)
     trained = run.train(output_dir, callbacks, frozen=True)
     parents = (replace(parent, relation="continued"),) if parent else ()
-    return _with_lineage(trained, [rows], settings, [source], parents)
+    return _with_lineage(trained, [rows], settings, [source], parents, notes)
+
+
+def _first_embedding(
+    loaded: LoadedBase, hyper: Adapter, rows: Rows, settings: HyperformerSettings
+) -> tuple[Tensor, Mapping[str, Json]]:
+    """What the embedding of a task more starts from, and what to note of it."""
+    config = config_of(hyper)
+    if not isinstance(config, PhaConfig) or not config.tasks:
+        return torch.randn(config.embedding, generator=torch.Generator().manual_seed(settings.seed)), {}
+    found = similarities(config, hyper.tensors, task_features(loaded, rows, settings.seed))
+    best = found.index(max(found))
+    listed = {task.name: round(value, 6) for task, value in zip(config.tasks, found, strict=True)}
+    notes: dict[str, Json] = {"nearest": config.tasks[best].name, "similarities": listed}
+    return hyper.tensors[f"tasks.{best}.embedding"].clone(), notes
 
 
 def _with_sources(
@@ -158,6 +183,7 @@ class _Run:
     def train(self, output_dir: str | Path | None, callbacks: Sequence[TrainerCallback], *, frozen: bool) -> Adapter:
         """The hyperformer afterwards; with `frozen` only embeddings and heads of the tasks have learnt."""
         config, loaded = config_of(self.start), self.loaded
+        terms = self._terms()
         examples = [
             {**example, TASK_NUMBER: number}
             for number, (task, rows) in enumerate(self.tasks, self.first)
@@ -188,15 +214,21 @@ class _Run:
                 examples,
                 Collator(loaded.tokenizer.pad_token_id),
                 (*callbacks, progress),
+                terms,
             )
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-            tensors = {
-                key.replace("/", "."): value.detach().cpu().clone() for key, value in _generator(adapted).items()
-            }
+            tensors = {key: value.detach().cpu().clone() for key, value in live_tensors(adapted).items()}
             for number, attached in enumerate(names):
                 head = adapted.extract(attached).head_tensors()
                 tensors |= {f"tasks.{self.first + number}.head.{key}": value for key, value in head.items()}
             return Adapter(self.start.spec, {**self.start.tensors, **tensors})
+
+    def _terms(self) -> tuple[LossTerm, ...]:
+        """What PHA adds to the loss; the features of its rows are those of the bare base."""
+        config, seed = config_of(self.start), self.settings.seed
+        if not isinstance(config, PhaConfig):
+            return ()
+        return (Contrast(config, tuple(task_features(self.loaded, rows, seed) for _, rows in self.tasks), seed),)
 
     def _holder(self, number: int) -> Adapter:
         """An adapter that gives a task its places and head; its body is never used."""
@@ -224,12 +256,6 @@ def _parameters(start: Adapter, first: int, *, frozen: bool) -> nn.ParameterDict
     return found
 
 
-def _generator(adapted: AdaptedModel) -> Mapping[str, Tensor]:
-    generator = adapted.generator
-    assert isinstance(generator, nn.ParameterDict)
-    return dict(generator.items())
-
-
 def _freeze_bodies(adapted: AdaptedModel, names: Sequence[str]) -> None:
     adapted.train_only(*names)
     for name in names:
@@ -252,9 +278,11 @@ class HyperTrainer(AdapterTrainer):
         examples: Sequence[Example],
         collator: Collator,
         callbacks: Sequence[TrainerCallback],
+        terms: tuple[LossTerm, ...] = (),
     ) -> None:
-        rates = (("heads.", settings.head_learning_rate), ("/embedding", settings.embedding_learning_rate))
-        hooks = Hooks(rates=rates)
+        own = settings.embedding_learning_rate
+        rates = (("heads.", settings.head_learning_rate), ("/embedding", own), ("generator.retriever/", own))
+        hooks = Hooks(loss_terms=terms, rates=rates)
         super().__init__(adapted, f"task{first}", kind, arguments, examples, collator, hooks, callbacks)
         self.hyper, self.sizes, self.settings = config, list(sizes), settings
 
@@ -267,9 +295,8 @@ class HyperTrainer(AdapterTrainer):
     ) -> Tensor:
         """One forward and backward with the adapter of the batch's task."""
         task = int(inputs.pop(TASK_NUMBER)[0])
-        tensors = {name.replace("/", "."): value for name, value in _generator(self.adapted).items()}
         self.name = f"task{task}"
-        with self.adapted.made(self.name, generate(self.hyper, tensors, task)):
+        with self.adapted.made(self.name, generate(self.hyper, live_tensors(self.adapted), task)):
             return super().training_step(model, inputs, num_items_in_batch)
 
 
@@ -279,12 +306,13 @@ def _with_lineage(
     settings: HyperformerSettings,
     sources: Sequence[str],
     parents: tuple[Parent, ...],
+    notes: Mapping[str, Json] | None = None,
 ) -> Adapter:
     config = config_of(adapter)
     lineage = Lineage(
         process="compose",
         parents=parents,
-        parameters={"method": config.method, **to_json(settings), "tasks": list(sources)},
+        parameters={"method": config.method, **to_json(settings), "tasks": list(sources), **(notes or {})},
         data_hash=f"sha256:{hashlib.sha256(''.join(one.hash for one in rows).encode()).hexdigest()}",
         seed=settings.seed,
         libraries=library_versions(),

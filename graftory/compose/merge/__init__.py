@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graftory.adapter import Adapter, AdapterSpec, Lineage, Parent
-from graftory.adapters.compacter import as_bottleneck
+from graftory.adapters.expansions import as_bottleneck
 from graftory.compose.merge.adamerging import ADAMERGING
 from graftory.compose.merge.base import Body, MergeMethod, MergeParameters, body_of
 from graftory.compose.merge.core import CORE

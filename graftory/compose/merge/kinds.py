@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from graftory.compose.merge.base import Body, check_keys
-from graftory.compose.merge.delta import Delta, Scaling, of_bias
+from graftory.compose.merge.delta import Delta, Scaling, of_bias, total
 from graftory.compose.merge.originals import Original, Originals
 from graftory.compose.merge.peft_kinds import LOOK_AT_BASE, PEFT_DELTAS, present
 from graftory.config import (
@@ -32,6 +32,8 @@ from graftory.config import (
     LoraBiasConfig,
     LoraConfig,
     LowRankConfig,
+    SparsePlace,
+    SparseUpdateConfig,
     UpdateConfig,
 )
 from graftory.errors import MergeError
@@ -149,6 +151,37 @@ def krona(config: KronaConfig, path: str, tensors: Mapping[str, Tensor], _: Orig
     return Delta(config.strength * torch.kron(left_a, left_b), torch.kron(right_a, right_b))
 
 
+def sparse_update(config: SparseUpdateConfig, path: str, tensors: Mapping[str, Tensor], originals: Originals) -> Delta:
+    """S, exactly, and s B A beside it where there is one."""
+    place, lora_of = config.place_of(path), config.low_rank
+    index, value = config.parts[:2]
+    parts = [] if place is None else [entries(place, tensors[f"{path}.{index}"], tensors[f"{path}.{value}"])]
+    if lora_of is not None and path in lora_of.targets:
+        parts.append(lora(lora_of, path, tensors, originals))
+    if not parts:
+        raise MergeError(f"{path}: neither entries nor a LoRA, so there is no update; train the adapter first")
+    return total(parts, [1.0] * len(parts))
+
+
+def entries(place: SparsePlace, index: Tensor, value: Tensor) -> Delta:
+    """S as E R, R its rows that are not empty and E the columns of the identity for them; or by columns, if they are
+    fewer: as wide as it has to be, and no number of S is rounded."""
+    by_row = index.long().div(place.inputs, rounding_mode="floor"), index.long() % place.inputs
+    (rows, own_row), (columns, own_column) = (each.unique(return_inverse=True) for each in by_row)
+    if len(rows) <= len(columns):
+        right = value.new_zeros(len(rows), place.inputs).index_put((own_row, by_row[1]), value)
+        return Delta(_picking(rows, place.outputs, value), right)
+    left = value.new_zeros(place.outputs, len(columns)).index_put((by_row[0], own_column), value)
+    return Delta(left, _picking(columns, place.inputs, value).T)
+
+
+def _picking(chosen: Tensor, size: int, like: Tensor) -> Tensor:
+    """Columns of the identity, [size, chosen]."""
+    one = like.new_zeros(size, len(chosen))
+    one[chosen, torch.arange(len(chosen))] = 1
+    return one
+
+
 KINDS: Mapping[type[AdapterConfig], Kind] = {
     LoraConfig: Kind(lora),
     LoraBiasConfig: Kind(
@@ -160,6 +193,10 @@ KINDS: Mapping[type[AdapterConfig], Kind] = {
     Ia3Config: Kind(ia3, needs_base=_always),
     BitfitConfig: Kind(bitfit),
     KronaConfig: Kind(krona),
+    SparseUpdateConfig: Kind(
+        sparse_update,
+        keys=lambda config: [f"{path}.{part}" for path in config.targets for part in config.parts_at(path)],
+    ),
     UpdateConfig: Kind(
         update,
         keys=lambda config: [f"{path}.{part}" for path in config.targets for part in config.parts_at(path)],
@@ -202,13 +239,14 @@ def delta_in(
 
 
 class _Typed(Mapping[str, Tensor]):
-    """Tensors of another type, converted as they are asked for: a module asks for few of them."""
+    """Tensors of another type, converted as they are asked for: a module asks for few of them. Positions stay whole."""
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self._tensors, self._dtype = tensors, dtype
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._tensors[key].to(self._dtype)
+        tensor = self._tensors[key]
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def __contains__(self, key: object) -> bool:
         return key in self._tensors

@@ -10,7 +10,7 @@ from torch import Tensor
 from graftory.compose.merge.base import Body
 from graftory.compose.merge.delta import Delta
 from graftory.compose.merge.lora import factors_of, lora_body, ranks_of
-from graftory.config import BitfitConfig, Ia3Config, UpdateConfig
+from graftory.config import BitfitConfig, Ia3Config, LoraConfig, SparsePlace, SparseUpdateConfig, UpdateConfig
 
 _NAME = "the merged adapter"
 
@@ -18,13 +18,16 @@ _NAME = "the merged adapter"
 def body_of_updates(found: Mapping[str, Delta], merged: Sequence[Body]) -> Body:
     """Updates as an adapter, exactly.
 
-    Products alone are a LoRA of scale 1. Biases alone are BitFit. What (IA)³ adapters add up to is (IA)³ again.
+    Products alone are a LoRA of scale 1. Biases alone are BitFit. What (IA)³ adapters add up to is (IA)³ again, what
+    sparse updates add up to is sparse where that is smaller.
     Everything else is an `update`: a product, factors on the rows and the columns of the base's weight, and a bias.
 
     Args:
         found: The merged update of every module.
         merged: The adapters that it was made of.
     """
+    if all(isinstance(body.config, SparseUpdateConfig) for body in merged):
+        return _sparse(found)
     if all(delta.scaling is None and delta.bias is None for delta in found.values()):
         return lora_body(found, max(getattr(body.config, "dropout", 0.0) for body in merged))
     if all(delta.bias is not None and not delta.changes_weight for delta in found.values()):
@@ -32,6 +35,30 @@ def body_of_updates(found: Mapping[str, Delta], merged: Sequence[Body]) -> Body:
     if all(isinstance(body.config, Ia3Config) for body in merged) and all(map(_is_ia3, found.values())):
         return _ia3(found)
     return _update(found)
+
+
+def _sparse(found: Mapping[str, Delta]) -> Body:
+    """Entries where they and their positions are fewer numbers than the factors, a LoRA elsewhere."""
+    index, value = SparseUpdateConfig.parts[:2]
+    places: list[SparsePlace] = []
+    products: dict[str, Delta] = {}
+    tensors: dict[str, Tensor] = {}
+    for path, delta in found.items():
+        flat = delta.dense().flatten()
+        count, (outputs, inputs) = int(flat.count_nonzero()), delta.shape
+        if not 0 < 2 * count < delta.rank * (outputs + inputs):
+            products[path] = delta
+            continue
+        places.append(SparsePlace(path=path, count=count, inputs=inputs, outputs=outputs))
+        chosen = flat.nonzero()[:, 0]
+        tensors |= {f"{path}.{index}": chosen.to(torch.int32), f"{path}.{value}": flat[chosen]}
+    if not places:
+        return lora_body(products, 0.0)
+    low_rank = lora_body(products, 0.0) if products else None
+    lora_config = low_rank.config if low_rank is not None else None
+    assert lora_config is None or isinstance(lora_config, LoraConfig)
+    config = SparseUpdateConfig(targets=tuple(found), init_seed=None, sparse=tuple(places), low_rank=lora_config)
+    return Body(_NAME, config, {**tensors, **(low_rank.tensors if low_rank is not None else {})})
 
 
 def _bitfit(found: Mapping[str, Delta]) -> Body:

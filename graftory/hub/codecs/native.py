@@ -11,9 +11,12 @@ from graftory.config import (
     AptConfig,
     BitfitConfig,
     BottleneckConfig,
+    CodaConfig,
     CompacterConfig,
     KronaConfig,
     PrefixConfig,
+    PropetlConfig,
+    SparseUpdateConfig,
     UnipeltConfig,
     UpdateConfig,
 )
@@ -45,8 +48,9 @@ class NativeCodec:
     def check(self, files: Mapping[str, Bytes], spec: AdapterSpec) -> tuple[TensorEntry, ...]:
         """See `Codec`."""
         data = files[WEIGHTS]
-        stored = {tensor.name: tensor for tensor in shared.read_floats(data, WEIGHTS)}
         config = spec.config
+        bits, whole = (tuple(f".{part}" for part in parts) for parts in (config.bits, config.whole_numbers))
+        stored = {tensor.name: tensor for tensor in shared.read_floats(data, WEIGHTS, bits=bits, whole=whole)}
         check_site = next((check for kind, check in _SITES.items() if isinstance(config, kind)), None)
         if check_site is None:
             raise CorruptAdapterError(
@@ -64,6 +68,8 @@ class NativeCodec:
             )
         for site in sites:
             check_site(site, stored, config)
+        if isinstance(config, SparseUpdateConfig):
+            _check_positions(data, stored, config)
         shared.check_heads(stored, spec, WEIGHTS)
         return shared.entries(stored, data)
 
@@ -101,6 +107,32 @@ def _check_update(site: str, stored: Mapping[str, StoredTensor], config: Any) ->
     _check_shapes(site, stored, config, [*([None] * 4 if site in config.bias_only else product), (d_out,)])
 
 
+def _check_sparse(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
+    assert isinstance(config, SparseUpdateConfig)
+    place, lora = config.place_of(site), config.low_rank
+    entries: list[Any] = [None, None] if place is None else [(place.count,)] * 2
+    factors: list[Any] = [None, None]
+    if lora is not None and site in lora.targets:
+        rank = lora.rank_of(site)
+        a, b = config.parts[2:]
+        factors = [(rank, _width(site, stored, a, at=1)), (_width(site, stored, b), rank)]
+    _check_shapes(site, stored, config, [*entries, *factors])
+
+
+def _check_positions(data: Bytes, stored: Mapping[str, StoredTensor], config: SparseUpdateConfig) -> None:
+    """Whether all positions are in their weight, and each above the one before it."""
+    import numpy as np
+
+    for place in config.sparse:
+        tensor = stored[f"{place.path}.{config.parts[0]}"]
+        found: np.ndarray = np.frombuffer(memoryview(data)[tensor.begin : tensor.end], dtype="<i4")
+        most = place.inputs * place.outputs
+        if int(found[0]) < 0 or int(found[-1]) >= most or not bool((found[1:] > found[:-1]).all()):
+            raise CorruptAdapterError(
+                f"{WEIGHTS}: site {place.path!r} wants rising positions from 0 to {most - 1}; save the adapter again"
+            )
+
+
 def _check_prefix(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
     assert isinstance(config, PrefixConfig)
     shapes = [stored[f"{site}.{part}"].shape if f"{site}.{part}" in stored else None for part in config.parts]
@@ -122,6 +154,15 @@ def _check_compacter(site: str, stored: Mapping[str, StoredTensor], config: Any)
     _check_shapes(site, stored, config, [*sides, *shared])
     if width % n:
         raise CorruptAdapterError(f"{WEIGHTS}: site {site!r} is {width} wide, no multiple of {n}; save it again")
+
+
+def _check_propetl(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
+    assert isinstance(config, PropetlConfig)
+    size, first = config.size, config.targets[0]
+    width = _width(first, stored, config.parts[5])
+    masks: list[Any] = [(-(-size * width // 8),)] * 2
+    prototype = [(size, width), (size,), (width, size), (width,)]
+    _check_shapes(site, stored, config, [*masks, *(prototype if site == first else [None] * 4)])
 
 
 def _check_krona(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
@@ -147,6 +188,12 @@ def _check_unipelt(site: str, stored: Mapping[str, StoredTensor], config: Any) -
     _check_shapes(site, stored, config, [{**shapes, gate: (wide,), bias: (1,)}.get(part) for part in config.parts])
 
 
+def _check_coda(site: str, stored: Mapping[str, StoredTensor], config: Any) -> None:
+    assert isinstance(config, CodaConfig)
+    size, width = config.size, _width(site, stored, config.parts[3])
+    _check_shapes(site, stored, config, [(size, width), (size,), (width, size), (width,), (width,)])
+
+
 def _width(site: str, stored: Mapping[str, StoredTensor], part: str, *, at: int = 0) -> int:
     shape = stored[f"{site}.{part}"].shape if f"{site}.{part}" in stored else ()
     return shape[at] if len(shape) > at else 0
@@ -161,11 +208,14 @@ def _check_shapes(site: str, stored: Mapping[str, StoredTensor], config: Adapter
 
 _SITES: Mapping[type[AdapterConfig], Callable[[str, Mapping[str, StoredTensor], Any], None]] = {
     CompacterConfig: _check_compacter,
+    PropetlConfig: _check_propetl,
     BottleneckConfig: _check_bottleneck,
     KronaConfig: _check_krona,
     UnipeltConfig: _check_unipelt,
+    CodaConfig: _check_coda,
     BitfitConfig: _check_bitfit,
     UpdateConfig: _check_update,
+    SparseUpdateConfig: _check_sparse,
     PrefixConfig: _check_prefix,
 }
 """How the tensors of one site are checked, by method."""

@@ -52,7 +52,9 @@ class Packer:
     sizes: Callable[[Shape], tuple[int, int]]
 
     def takes(self, tensor: Tensor) -> bool:
-        """Whether a tensor is packed."""
+        """Whether a tensor is packed; bits are so already."""
+        if not tensor.is_floating_point():
+            return False
         return tensor.numel() >= _SHORTEST and (self.vectors or sum(size > 1 for size in tensor.shape) > 1)
 
 

@@ -26,21 +26,34 @@ _OUTPUT_LAYERS = ("out_proj", "classifier", "score")
 """Names of a head's last layer, where it has several."""
 
 
-def read_floats(data: Bytes, where: str, *, empty: bool = False) -> tuple[StoredTensor, ...]:
-    """The tensors of a safetensors file, all of them floats.
+def read_floats(
+    data: Bytes, where: str, *, empty: bool = False, bits: tuple[str, ...] = (), whole: tuple[str, ...] = ()
+) -> tuple[StoredTensor, ...]:
+    """The tensors of a safetensors file, all of them floats but those that are bytes of bits or whole numbers.
 
     Args:
         data: The file.
         where: Its name.
         empty: Whether a tensor may hold no number.
+        bits: Ends of the names of tensors that are bytes of bits.
+        whole: Ends of the names of tensors that are whole numbers.
 
     Raises:
         CorruptAdapterError: If the file breaks the format, or a tensor is empty.
-        UnsupportedAdapterError: If a tensor is not F16, BF16, F32 or F64.
+        UnsupportedAdapterError: If a tensor is not F16, BF16, F32 or F64, one of bits is not U8, or one of whole
+            numbers is not I32.
     """
     stored = read_header(data, where)
     for tensor in stored:
-        if tensor.dtype not in _EXPONENT:
+        if bits and tensor.name.endswith(bits):
+            if tensor.dtype != "U8":
+                raise UnsupportedAdapterError(
+                    f"{where}: tensor {tensor.name!r} is {tensor.dtype}; pack it to bits and save it as U8"
+                )
+        elif whole and tensor.name.endswith(whole):
+            if tensor.dtype != "I32":
+                raise UnsupportedAdapterError(f"{where}: tensor {tensor.name!r} is {tensor.dtype}; save it as I32")
+        elif tensor.dtype not in _EXPONENT:
             raise UnsupportedAdapterError(
                 f"{where}: tensor {tensor.name!r} is {tensor.dtype}; save it as one of {', '.join(_EXPONENT)}"
             )

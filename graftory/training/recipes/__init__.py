@@ -1,4 +1,4 @@
-"""Ways to train a LoRA or a bottleneck, one file each; `graftory/adapters/ways.py` has their rows."""
+"""Ways to train a LoRA, a bottleneck or a sparse update, one file each; `graftory/adapters/ways.py` has their rows."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from graftory.config import (
     AdamixConfig,
     AdapterConfig,
     AdapterdropConfig,
+    DiffConfig,
     DyloraConfig,
+    PropetlConfig,
     SoraConfig,
     SparseConfig,
+    SptConfig,
 )
 from graftory.config.peft import AdaloraConfig
 from graftory.training.recipes.adalora import adalora
 from graftory.training.recipes.adamix import adamix
 from graftory.training.recipes.adapterdrop import adapterdrop
 from graftory.training.recipes.base import Recipe, Scene
+from graftory.training.recipes.diff import diff
 from graftory.training.recipes.dylora import dylora
+from graftory.training.recipes.propetl import propetl
 from graftory.training.recipes.sora import sora
 from graftory.training.recipes.sparse import sparse
+from graftory.training.recipes.spt import spt
 
 __all__ = ["RECIPES", "Recipe", "Scene", "recipe_of"]
 
@@ -30,6 +36,9 @@ RECIPES: Mapping[type[AdapterConfig], Callable[[Scene], Recipe]] = {
     SparseConfig: sparse,
     AdamixConfig: adamix,
     AdaloraConfig: adalora,
+    PropetlConfig: propetl,
+    DiffConfig: diff,
+    SptConfig: spt,
 }
 """Every way to train, by its configuration; other methods learn as they are."""
 

@@ -49,6 +49,12 @@ class Scene:
         """The configuration of the adapter that learns."""
         return self.model.spec(self.name).config
 
+    def exchange(self, adapter: Adapter) -> None:
+        """Put another adapter in the place of the fresh one, before it learns."""
+        self.model.remove(self.name)
+        self.model.add(self.name, adapter, check_base=False)
+        self.model.train_only(self.name)
+
 
 def as_it_is(adapter: Adapter) -> Adapter:
     """An adapter of which all is kept."""
@@ -62,6 +68,8 @@ class Recipe:
     stand_ins: StandIns | None = None
     terms: tuple[LossTerm, ...] = ()
     undecayed: tuple[str, ...] = ()
+    rates: tuple[tuple[str, float], ...] = ()
+    """Weights with a highest learning rate of their own, as in `Hooks`."""
     extra: nn.Module | None = None
     """Weights that learn beside the adapter's own."""
     callbacks: tuple[TrainerCallback, ...] = ()
@@ -84,6 +92,7 @@ class Recipe:
             hooks,
             loss_terms=(*hooks.loss_terms, *self.terms),
             undecayed=(*hooks.undecayed, *self.undecayed),
+            rates=(*hooks.rates, *self.rates),
             extra=self.extra if hooks.extra is None else hooks.extra,
             stand_ins=hooks.stand_ins if self.stand_ins is None else in_place(self.stand_ins),
         )
