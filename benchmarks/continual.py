@@ -111,14 +111,14 @@ def main() -> None:
         for job in jobs:
             print(job.setting, job.strategy, f"order {job.order}", f"seed {job.seed}")
         return
-    for number, job in enumerate(jobs, 1):
-        if not (job.folder(options.folder) / "cost.json").exists():
+    for number, job in enumerate(jobs if not options.only_report else [], 1):
+        if not is_done(options.folder, job):
             print(
                 f"{number}/{len(jobs)} {job.setting} {job.strategy} order {job.order} seed {job.seed}", file=sys.stderr
             )
             command = [sys.executable, __file__, "--folder", str(options.folder), "--one", json.dumps(asdict(job))]
             subprocess.run(command, check=True)
-    runs = [finished(options.folder, job) for job in jobs]
+    runs = [finished(options.folder, job) for job in jobs if is_done(options.folder, job)]
     write_report(runs, None if options.no_write else Path(__file__).parent / "results")
 
 
@@ -133,6 +133,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=500, help="training rows a task")
     parser.add_argument("--tests", type=int, default=200, help="test rows a task")
     parser.add_argument("--steps", type=int, default=120, help="steps of 8 rows a task")
+    parser.add_argument("--only-report", action="store_true", help="run nothing: report what is there")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--list", action="store_true", help="say what would run")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -219,6 +220,11 @@ def split_intents(root: Path) -> Path:
         }
         (folder / f"intents-{number}.yaml").write_text(yaml.safe_dump(described))
     return folder
+
+
+def is_done(root: Path, job: Job) -> bool:
+    """Whether it has run to its end."""
+    return (job.folder(root) / "cost.json").exists()
 
 
 def finished(root: Path, job: Job) -> CostedRun:

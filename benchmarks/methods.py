@@ -136,10 +136,11 @@ def main() -> None:
     seeds, tasks = [int(seed) for seed in options.seeds.split(",")], options.tasks.split(",")
     tried = {entry.name: rates_tried(kept, entry) for entry in entries}
     rates = {name: best_rate(found) for name, found in tried.items()}
-    cells = [Cell(entry, task, seed, rates[entry.name]) for seed in seeds for task in tasks for entry in entries]
+    cells = [Cell(entry, task, seed, rates[entry.name]) for task in tasks for seed in seeds for entry in entries]
     for number, cell in enumerate(cells, 1):
-        kept.figures_of(cell, f"{number}/{len(cells)}")
-    runs = [{**asdict(kept.figures_of(cell, "")), **described(cell)} for cell in cells]
+        if not options.only_report:
+            kept.figures_of(cell, f"{number}/{len(cells)}")
+    runs = [{**asdict(kept.figures_of(cell, "")), **described(cell)} for cell in cells if kept.has(cell)]
     accuracies = {name: {f"{rate:.3g}": one.accuracy for rate, one in found.items()} for name, found in tried.items()}
     write_report(runs, accuracies, None if options.no_write else Path(__file__).parent / "results")
 
@@ -151,6 +152,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(entry.name for entry in ENTRIES))
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only-report", action="store_true", help="train nothing: report what is there")
     parser.add_argument("--no-write", action="store_true", help="print only")
     return parser.parse_args()
 
@@ -214,6 +216,10 @@ class Kept:
             with self._file.open("a") as file:
                 file.write(json.dumps({"key": cell.key, **asdict(self._figures[cell.key])}) + "\n")
         return self._figures[cell.key]
+
+    def has(self, cell: Cell) -> bool:
+        """Whether it has been trained."""
+        return cell.key in self._figures
 
     def _read(self) -> None:
         for line in self._file.read_text().splitlines() if self._file.exists() else ():

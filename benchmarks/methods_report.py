@@ -34,11 +34,13 @@ def write_report(runs: Sequence[Run], tried: Mapping[str, Mapping[str, float]], 
 def markdown(runs: Sequence[Run]) -> str:
     """The table, the best mean first; and which methods are below the linear probe."""
     tasks = list(dict.fromkeys(run["task"] for run in runs))
-    seeds = sorted({run["seed"] for run in runs})
+    counts = {task: len({run["seed"] for run in runs if run["task"] == task}) for task in tasks}
     head = ["method", *tasks, "mean", "− probe", "learning rate", "numbers", "training, CPU s"]
     lines = ["# Every method on the same tasks", ""]
-    lines += ["`python benchmarks/methods.py`; what is measured stands there. Accuracy in %, mean ± std over seeds "]
-    lines += [f"{', '.join(map(str, seeds))}; `− probe` with the standard error of the paired differences.", ""]
+    seeds = ", ".join(f"{task}: {count}" for task, count in counts.items())
+    lines += ["`python benchmarks/methods.py`; what is measured stands there. Accuracy in %, mean ± std over seeds"]
+    lines += [f"({seeds}); `mean`: of the tasks' means."]
+    lines += ["`− probe`: the mean difference to the linear probe on the same rows, ± its standard error.", ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     ranked = sorted(methods_of(runs), key=lambda method: -overall(runs, method))
     for method in ranked:
@@ -56,8 +58,12 @@ def methods_of(runs: Sequence[Run]) -> list[str]:
 
 
 def overall(runs: Sequence[Run], method: str) -> float:
-    """Mean accuracy, %."""
-    return statistics.mean(100 * float(run["accuracy"]) for run in runs if run["method"] == method)
+    """The mean of the tasks' mean accuracies, %."""
+    own = [run for run in runs if run["method"] == method]
+    tasks = {run["task"] for run in own}
+    return statistics.mean(
+        statistics.mean(100 * float(run["accuracy"]) for run in own if run["task"] == task) for task in tasks
+    )
 
 
 def cell(own: Sequence[Run], task: str) -> str:
