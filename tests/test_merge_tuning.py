@@ -14,12 +14,12 @@ from torch import Tensor
 from graftory.adapter import Adapter
 from graftory.compose import merge, merge_again, merge_without
 from graftory.compose.merge.adamerging import AdamergingParameters
-from graftory.compose.merge.judging import Bench, task_of, trials_of, unseen_rows
+from graftory.compose.merge.judging import Bench, Verdict, task_of, trials_of, unseen_rows
 from graftory.compose.merge.lego import LegoParameters
 from graftory.compose.merge.lorahub import LorahubParameters
 from graftory.compose.merge.tuning import AutoParameters, Candidate, auto_merge, tune_layers, tune_weights
 from graftory.compose.merge.tuning.adamerging import entropy_of, layer_of, pattern_of
-from graftory.compose.merge.tuning.auto import PORTFOLIO
+from graftory.compose.merge.tuning.auto import PORTFOLIO, _Tried, judged
 from graftory.compose.merge.tuning.lorahub import search
 from graftory.compose.record import record_examples
 from graftory.data import load_rows, load_task
@@ -229,7 +229,10 @@ def test_auto_keeps_what_is_best_and_its_record_makes_it_again(home: Home) -> No
     found = auto_merge(adapters, AutoParameters(rank=4), parents=parents, portfolio=FEW)
     scores = [row.score for row in found.table if row.score is not None]
     assert scores == sorted(scores, reverse=True)
-    assert found.best is found.table[0]
+    order = [one.name for one in FEW]
+    near = [row.name for row in found.table if row.behind is not None and row.behind[0] <= 2 * row.behind[1]]
+    first = min((name for name in near if name in order), key=order.index, default=None)
+    assert found.best.name == (found.table[0].name if found.table[0].floor == "single" else first)
     floors = [row.floor for row in found.table if row.floor]
     assert sorted(floors) == ["nothing", "single", "single", "single", "task arithmetic"]
     (soup,) = [row for row in found.table if row.name == "soup"]
@@ -242,6 +245,10 @@ def test_auto_keeps_what_is_best_and_its_record_makes_it_again(home: Home) -> No
         after, own = (bench.judge_on(one, number).likelihood for one in (found.adapter, adapter))
         shares.append(after / own)
     assert found.best.score == pytest.approx(sum(shares) / 3, rel=1e-5)
+    for row in found.table:
+        assert (row.behind is None) == (row.score is None)
+        if row.behind is not None and row.score is not None:
+            assert row.behind[0] == pytest.approx(scores[0] - row.score, abs=1e-9)
     for name in [row.name for row in found.table if row.method is not None and row.score is not None]:
         only = next((one for one in FEW if one.name == name), None)
         if only is None:
@@ -253,6 +260,27 @@ def test_auto_keeps_what_is_best_and_its_record_makes_it_again(home: Home) -> No
             with pytest.raises(MergeError, match="its method was found with all parents"):
                 merge_without(hub, ref, ["two"])
             assert merge_without(hub, ref, ["two"], weights=[1.0, 1.0]).spec.lineage.parents[0].weight == 1.0
+
+
+def test_how_far_each_is_behind_the_best() -> None:
+    """Two tasks of two rows, by hand."""
+
+    def verdicts(*rows: tuple[float, float]) -> tuple[Verdict, ...]:
+        return tuple(Verdict("accuracy", 0.0, each) for each in rows)
+
+    own = verdicts((0.5, 0.5), (1.0, 1.0))
+    best = _Tried("best", "linear", None, verdicts((0.4, 0.5), (0.9, 0.5)))  # shares 0.8, 1.0 and 0.9, 0.5: mean 0.8
+    near = _Tried("near", "linear", None, verdicts((0.5, 0.3), (0.9, 0.5)))  # 1.0, 0.6 and 0.9, 0.5: mean 0.75
+    far = _Tried("far", "linear", None, verdicts((0.3, 0.4), (0.8, 0.4)))  # 0.1 to 0.2 less in every row
+    refused = _Tried("refused", "soup", None, problem="differ in rank")
+    rows = judged([near, far, best, refused], own)
+    assert [row.score for row in rows] == [pytest.approx(0.75), pytest.approx(0.65), pytest.approx(0.8), None]
+    # gaps −0.2, 0.4 and 0, 0: mean 0.05, variances 0.18 and 0, √(0.18 / 2) / 2 = 0.15
+    assert rows[0].behind == (pytest.approx(0.05), pytest.approx(0.15))
+    # gaps 0.2, 0.2 and 0.1, 0.1: no spread
+    assert rows[1].behind == (pytest.approx(0.15), pytest.approx(0.0, abs=1e-9))
+    assert rows[2].behind == (0.0, 0.0)
+    assert (rows[3].behind, rows[3].problem) == (None, "differ in rank")
 
 
 def test_auto_tries_fisher_on_as_many_examples_as_it_has_rows(home: Home) -> None:

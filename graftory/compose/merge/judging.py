@@ -45,12 +45,17 @@ class Verdict:
     Attributes:
         metric: The task's metric; `loss` where it cannot be told from one forward pass.
         value: Its value.
-        likelihood: The mean over rows of exp(−loss): for a classification the probability of the right label.
+        rows: exp(−loss) of each row: for a classification the probability of the right label.
     """
 
     metric: str
     value: float
-    likelihood: float
+    rows: tuple[float, ...]
+
+    @property
+    def likelihood(self) -> float:
+        """The mean over the rows."""
+        return sum(self.rows) / len(self.rows)
 
     @property
     def lower_is_better(self) -> bool:
@@ -150,12 +155,14 @@ class Bench:
 
 
 def _verdict(trial: Trial, scored: Sequence[Scored]) -> Verdict:
-    likelihood = sum(math.exp(-row.loss / max(1, row.targets)) for row in scored) / len(scored)
+    likelihoods = tuple(math.exp(-row.loss / max(1, row.targets)) for row in scored)
     name = trial.task.metric
     if name not in METRICS or any(row.logits is None for row in scored):
-        return Verdict("loss", sum(row.loss for row in scored) / max(1, sum(row.targets for row in scored)), likelihood)
+        return Verdict(
+            "loss", sum(row.loss for row in scored) / max(1, sum(row.targets for row in scored)), likelihoods
+        )
     classes = trial.task.kind == "classification"
     outputs = [
         int(row.logits.argmax()) if classes else float(row.logits[0]) for row in scored if row.logits is not None
     ]
-    return Verdict(name, measure(name, trial.rows.targets, outputs), likelihood)
+    return Verdict(name, measure(name, trial.rows.targets, outputs), likelihoods)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from statistics import fmean, variance
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,6 +21,8 @@ from graftory.settings import SelectSettings
 
 ROWS = 16
 """Rows of each task that decide."""
+ERRORS = 2.0
+"""So many standard errors behind the best, a merge cannot be told from it."""
 
 Floor = Literal["nothing", "single", "task arithmetic"]
 
@@ -54,20 +57,22 @@ class Candidate:
 
 
 PORTFOLIO: tuple[Candidate, ...] = (
-    Candidate("linear, mean", "linear", floor="task arithmetic"),
-    Candidate("linear, sum", "linear", 1.0, floor="task arithmetic"),
-    Candidate("ties", "ties"),
-    Candidate("tsv", "tsv"),
-    Candidate("iso_c", "iso_c"),
-    Candidate("knots", "knots"),
-    Candidate("core", "core"),
-    Candidate("ctm", "ctm"),
     Candidate("pico", "pico"),
-    Candidate("lego", "lego"),
     Candidate("regmean", "regmean"),
+    Candidate("tsv", "tsv"),
+    Candidate("linear, mean", "linear", floor="task arithmetic"),
+    Candidate("ties", "ties"),
+    Candidate("iso_c", "iso_c"),
+    Candidate("core", "core"),
+    Candidate("knots", "knots"),
+    Candidate("ctm", "ctm"),
+    Candidate("lego", "lego"),
+    Candidate("linear, sum", "linear", 1.0, floor="task arithmetic"),
     Candidate("fisher", "fisher"),
 )
-"""What is tried, in order; of equals the first is taken."""
+"""What is tried. Of those that the rows cannot tell from the best the first is taken, so the order is what is known
+without them: how the methods did on the merges of benchmarks/results/merging.md, about.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,7 @@ class Judged:
         score: Mean over tasks of the likelihood, each divided by that of the task's own adapter; None if it could not
             be made.
         metrics: The metric of each task, in order.
+        behind: How far its score is below the best one, and the standard error of that over the rows.
         problem: Why it could not be made.
     """
 
@@ -89,6 +95,7 @@ class Judged:
     floor: Floor | None
     score: float | None
     metrics: tuple[float, ...] = ()
+    behind: tuple[float, float] | None = None
     problem: str | None = None
 
 
@@ -98,7 +105,8 @@ class Chosen:
 
     Attributes:
         adapter: The merge by what was judged best; its record names method, weights and parameters, and regenerates it.
-        best: Its row.
+        best: Its row: the first of the portfolio that is no more than two standard errors behind the best, or a
+            single adapter where that is the best.
         table: Everything that was tried, best first.
         tasks: The adapters whose tasks were judged on, in the order of `Judged.metrics`, with the metric of each.
     """
@@ -129,7 +137,7 @@ def auto_merge(
     portfolio: Sequence[Candidate] = PORTFOLIO,
     batch_size: int = 32,
 ) -> Chosen:
-    """Try a portfolio of merges and keep the one that is best on a few rows of every adapter's own task.
+    """Try a portfolio of merges and keep one that a few rows of every adapter's own task cannot tell from the best.
 
     Each task is read with its own head. What is judged by is the likelihood, the mean of exp(−loss) over the rows: of
     so few rows an accuracy tells too little. It is divided by that of the task's own adapter, and the mean over
@@ -155,35 +163,83 @@ def auto_merge(
     parts = list(adapters.values())
     own = [bench.judge_on(trial.adapter, number) for number, trial in enumerate(bench.trials)]
     maker = _Maker(bench, parts, seed, rows)
-    base = bench.judge(None)
-    table = [Judged("nothing (the bare base)", None, "nothing", _score(base, own), _values(base))]
-    recipes: dict[str, _Recipe] = {}
+    recipes = {candidate.name: _recipe(candidate, len(parts), chosen.rank, seed) for candidate in portfolio}
+    tried = [maker.tried(candidate, recipes[candidate.name]) for candidate in portfolio]
     for number, name in enumerate(adapters):
-        verdicts = bench.judge(parts[number])
         only = tuple(float(other == number) for other in range(len(parts)))
         recipes[name] = _Recipe("linear", only, METHODS["linear"].params())
-        table.append(Judged(name, "linear", "single", _score(verdicts, own), _values(verdicts)))
-    for candidate in portfolio:
-        recipe = _recipe(candidate, len(parts), chosen.rank, seed)
-        row = maker.judged(candidate, recipe, own)
-        table.append(row)
-        recipes[candidate.name] = recipe
+        tried.append(_Tried(name, "linear", "single", bench.judge(parts[number])))
+    tried.append(_Tried("nothing (the bare base)", None, "nothing", bench.judge(None)))
+    table = judged(tried, own)
     ranked = sorted(table, key=lambda row: (row.score is None, -(row.score or 0.0)))
-    best = ranked[0]
-    if best.method is None:
+    if ranked[0].method is None:
         raise MergeError(
-            f"auto: nothing is better than the bare base, {best.score:.3f}, on {rows} rows of each task "
+            f"auto: nothing is better than the bare base, {ranked[0].score:.3f}, on {rows} rows of each task "
             f"(next {ranked[1].name}, {ranked[1].score or 0:.3f}); keep the adapters apart, a route for each row"
         )
+    best = ranked[0] if ranked[0].floor == "single" else next(row for row in table if _is_near(row))
     tasks = tuple((trial.name, verdict.metric) for trial, verdict in zip(bench.trials, own, strict=True))
     told: dict[str, Json] = {
         "rows": rows,
         "chosen": best.name,
-        "tried": [{"name": row.name, "score": row.score} for row in ranked],
+        "tried": [{"name": row.name, "score": row.score, "behind": row.behind} for row in ranked],
     }
     recipe = recipes[best.name]
     told = encode({"auto": told, "seed": seed, **maker.examples(recipe), **(notes or {})})
     return Chosen(maker.make(recipe, parents, told), best, tuple(ranked), tasks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """What came of a candidate; no verdicts if it could not be made."""
+
+    name: str
+    method: str | None
+    floor: Floor | None
+    verdicts: tuple[Verdict, ...] = ()
+    problem: str | None = None
+
+
+def judged(tried: Sequence[_Tried], own: Sequence[Verdict]) -> list[Judged]:
+    """Scores, and how far each is behind the best."""
+    shares = {one.name: _shares(one.verdicts, own) for one in tried if one.verdicts}
+    best = max(shares.values(), key=_mean)
+    rows = []
+    for one in tried:
+        if not one.verdicts:
+            rows.append(Judged(one.name, one.method, one.floor, None, problem=one.problem))
+            continue
+        values = tuple(verdict.value for verdict in one.verdicts)
+        found = shares[one.name]
+        rows.append(Judged(one.name, one.method, one.floor, _mean(found), values, _behind(best, found)))
+    return rows
+
+
+Shares = Sequence[Sequence[float]]
+"""The likelihood of each row of each task, by the mean one of the task's own adapter."""
+
+
+def _shares(verdicts: Sequence[Verdict], own: Sequence[Verdict]) -> Shares:
+    return [
+        [row / max(alone.likelihood, 1e-12) for row in verdict.rows]
+        for verdict, alone in zip(verdicts, own, strict=True)
+    ]
+
+
+def _mean(shares: Shares) -> float:
+    """Over tasks, of the mean over rows."""
+    return fmean(fmean(rows) for rows in shares)
+
+
+def _behind(best: Shares, other: Shares) -> tuple[float, float]:
+    """The mean difference, and its standard error √(Σ_t s_t² / n_t) / T, s_t² the variance over the n_t rows of t."""
+    gaps = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(best, other, strict=True)]
+    spread = sum(variance(rows) / len(rows) for rows in gaps if len(rows) > 1)
+    return _mean(gaps), spread**0.5 / len(gaps)
+
+
+def _is_near(row: Judged) -> bool:
+    return row.behind is not None and row.behind[0] <= ERRORS * row.behind[1]
 
 
 class _Maker:
@@ -224,13 +280,12 @@ class _Maker:
             )
         return self._inputs[gradients]
 
-    def judged(self, candidate: Candidate, recipe: _Recipe, own: Sequence[Verdict]) -> Judged:
+    def tried(self, candidate: Candidate, recipe: _Recipe) -> _Tried:
         try:
             merged = self.make(recipe)
         except MergeError as error:
-            return Judged(candidate.name, candidate.method, candidate.floor, None, problem=str(error))
-        verdicts = self._bench.judge(merged)
-        return Judged(candidate.name, candidate.method, candidate.floor, _score(verdicts, own), _values(verdicts))
+            return _Tried(candidate.name, candidate.method, candidate.floor, problem=str(error))
+        return _Tried(candidate.name, candidate.method, candidate.floor, self._bench.judge(merged))
 
 
 def _recipe(candidate: Candidate, count: int, rank: int | None, seed: int) -> _Recipe:
@@ -240,12 +295,3 @@ def _recipe(candidate: Candidate, count: int, rank: int | None, seed: int) -> _R
     parameters = kind(**{name: value for name, value in given.items() if name in names}, **candidate.values)
     weights = None if candidate.weight is None else (candidate.weight,) * count
     return _Recipe(candidate.method, weights, parameters)
-
-
-def _score(verdicts: Sequence[Verdict], own: Sequence[Verdict]) -> float:
-    shares = [after.likelihood / max(alone.likelihood, 1e-12) for after, alone in zip(verdicts, own, strict=True)]
-    return sum(shares) / len(shares)
-
-
-def _values(verdicts: Sequence[Verdict]) -> tuple[float, ...]:
-    return tuple(verdict.value for verdict in verdicts)
