@@ -17,6 +17,6 @@ command = generator_command(
     Example:
       hub compose pha wheel:trec wheel:sms wheel:disaster --base wheel:minilm --name many
       hub compose pha wheel:rotten-tomatoes --from many@1 --name many --rows 50
-      hub compose export-task many trec --name trec-generated
+      hub eval many --task wheel:trec
     """,
 )
