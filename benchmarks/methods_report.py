@@ -69,6 +69,8 @@ def overall(runs: Sequence[Run], method: str) -> float:
 def cell(own: Sequence[Run], task: str) -> str:
     """Mean ± std of one task over seeds."""
     values = [100 * run["accuracy"] for run in own if run["task"] == task]
+    if not values:
+        return "–"
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 
