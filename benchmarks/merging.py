@@ -40,6 +40,7 @@ import export_memory
 import merging_accuracy
 import peft
 import torch
+from merging_accuracy_report import markdown
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
@@ -253,12 +254,12 @@ def main() -> None:
     for part in options.parts.split(","):
         results[part] = PARTS[part](options)
         if part == "accuracy":
-            Console().print(Markdown(merging_accuracy.markdown(results[part])))
+            Console().print(Markdown(markdown(results[part])))
         else:
             show(part, results[part])
         if not options.no_write:
             if part == "accuracy":
-                RESULTS.with_suffix(".md").write_text(merging_accuracy.markdown(results[part]))
+                RESULTS.with_suffix(".md").write_text(markdown(results[part]))
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 

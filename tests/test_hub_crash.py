@@ -15,7 +15,8 @@ import pytest
 from graftory.adapter import Parent
 from graftory.hub import Hub
 from graftory.hub.keys import create_key, load_private_key
-from tests.crash_points import DAMAGES, MUTATIONS, SCENARIOS
+from tests.crash_points import SCENARIOS
+from tests.crash_watch import DAMAGES, MUTATIONS
 from tests.hub_samples import bottleneck, lora
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="watches files through /proc")

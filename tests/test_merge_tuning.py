@@ -19,7 +19,7 @@ from graftory.compose.merge.lego import LegoParameters
 from graftory.compose.merge.lorahub import LorahubParameters
 from graftory.compose.merge.tuning import AutoParameters, Candidate, auto_merge, tune_layers, tune_weights
 from graftory.compose.merge.tuning.adamerging import entropy_of, layer_of, pattern_of
-from graftory.compose.merge.tuning.auto import PORTFOLIO, _Tried, judged
+from graftory.compose.merge.tuning.auto import PORTFOLIO, Tried, judged
 from graftory.compose.merge.tuning.lorahub import search
 from graftory.compose.record import record_examples
 from graftory.data import load_rows, load_task
@@ -269,10 +269,10 @@ def test_how_far_each_is_behind_the_best() -> None:
         return tuple(Verdict("accuracy", 0.0, each) for each in rows)
 
     own = verdicts((0.5, 0.5), (1.0, 1.0))
-    best = _Tried("best", "linear", None, verdicts((0.4, 0.5), (0.9, 0.5)))  # shares 0.8, 1.0 and 0.9, 0.5: mean 0.8
-    near = _Tried("near", "linear", None, verdicts((0.5, 0.3), (0.9, 0.5)))  # 1.0, 0.6 and 0.9, 0.5: mean 0.75
-    far = _Tried("far", "linear", None, verdicts((0.3, 0.4), (0.8, 0.4)))  # 0.1 to 0.2 less in every row
-    refused = _Tried("refused", "soup", None, problem="differ in rank")
+    best = Tried("best", "linear", None, verdicts((0.4, 0.5), (0.9, 0.5)))  # shares 0.8, 1.0 and 0.9, 0.5: mean 0.8
+    near = Tried("near", "linear", None, verdicts((0.5, 0.3), (0.9, 0.5)))  # 1.0, 0.6 and 0.9, 0.5: mean 0.75
+    far = Tried("far", "linear", None, verdicts((0.3, 0.4), (0.8, 0.4)))  # 0.1 to 0.2 less in every row
+    refused = Tried("refused", "soup", None, problem="differ in rank")
     rows = judged([near, far, best, refused], own)
     assert [row.score for row in rows] == [pytest.approx(0.75), pytest.approx(0.65), pytest.approx(0.8), None]
     # gaps −0.2, 0.4 and 0, 0: mean 0.05, variances 0.18 and 0, √(0.18 / 2) / 2 = 0.15

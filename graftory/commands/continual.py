@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from graftory.commands.output import json_option, print_json, print_table, working
+from graftory.commands.predict import answer, cell, inputs_of, with_texts
 from graftory.schema import Json
 
 if TYPE_CHECKING:
@@ -169,11 +170,7 @@ def compare(folders: tuple[Path, ...], reference: str | None, as_json: bool) -> 
 
 @command.command("predict")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.argument("texts", metavar="TEXT...", nargs=-1)
-@click.option(
-    "--file", type=click.Path(path_type=Path), help="File of texts, one a line; a tab parts the two texts of a pair."
-)
-@click.option("--pair", "pairs", multiple=True, help="Second text of a TEXT, in the same order; may be repeated.")
+@with_texts
 @click.option("--task", help="The task that the texts are of. [default: found by the run]")
 @json_option
 @click.pass_obj
@@ -198,7 +195,6 @@ def predict(
       hub continual predict support-isolated --file questions.txt --json
       hub continual predict support-seq --task trec "How far is the moon?"
     """
-    from graftory.commands.predict import cell, inputs_of
     from graftory.continual import LearntRun
     from graftory.hub import Hub
 
@@ -299,8 +295,6 @@ def _gate(commit: Commit) -> str:
 
 def asked_row(asked: Asked) -> dict[str, Json]:
     """What a run says of a text, by name."""
-    from graftory.commands.predict import answer
-
     said = {"task": asked.task, "certainty": asked.certainty}
     return said if asked.prediction is None else {**said, **answer(asked.prediction)}
 

@@ -6,6 +6,7 @@ import dataclasses
 import types
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
@@ -16,6 +17,19 @@ from graftory.schema import field_types
 
 T = TypeVar("T")
 _GIVEN = "graftory.given"
+
+rows_option = click.option(
+    "--rows", type=click.IntRange(min=1), help="Train on so many rows of a task, drawn at random. [default: all]"
+)
+seed_option = click.option(
+    "--seed", default=0, show_default=True, help="Seed of initial tensors, order and drawn rows."
+)
+checkpoints_option = click.option(
+    "--checkpoints",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for checkpoints; the same command goes on from the last one after it was cut off.",
+)
+"""What all commands that train have."""
 _TYPES: Mapping[Any, click.ParamType[Any]] = {int: click.INT, float: click.FLOAT, str: click.STRING}
 
 

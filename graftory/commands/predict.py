@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,15 +18,26 @@ if TYPE_CHECKING:
     from graftory.training import Prediction
 
 
+def with_texts(run: Any) -> Any:
+    """Give a command the texts that it is to answer; `inputs_of` reads them."""
+    for option in (
+        click.option(
+            "--pair", "pairs", multiple=True, help="Second text of a TEXT, in the same order; may be repeated."
+        ),
+        click.option(
+            "--file",
+            type=click.Path(path_type=Path),
+            help="File of texts, one a line; a tab parts the two texts of a pair.",
+        ),
+        click.argument("texts", metavar="TEXT...", nargs=-1),
+    ):
+        run = option(run)
+    return run
+
+
 @click.command("predict")
 @click.argument("ref")
-@click.argument("texts", metavar="TEXT...", nargs=-1)
-@click.option(
-    "--file",
-    type=click.Path(path_type=Path),
-    help="File of texts, one a line; a tab parts the two texts of a pair.",
-)
-@click.option("--pair", "pairs", multiple=True, help="Second text of a TEXT, in the same order; may be repeated.")
+@with_texts
 @click.option("--head", metavar="REF", help="Adapter to take the head from, where REF is merged and has none.")
 @click.option("--task", "task_name", metavar="NAME", help="Which task of a hyperformer is meant.")
 @click.option("--base", help="The base model. [default: the recorded one]")

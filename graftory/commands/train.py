@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 import click
 
 from graftory.adapter import TASK_SOURCE, Adapter, Lineage, Parent, check_name
-from graftory.commands.options import MethodCommand, comma_separated, given_parameters, given_settings
+from graftory.commands.options import (
+    MethodCommand,
+    checkpoints_option,
+    comma_separated,
+    given_parameters,
+    given_settings,
+    rows_option,
+    seed_option,
+)
 from graftory.commands.output import json_option, print_json, working
 from graftory.commands.show import print_metrics
 from graftory.commands.training.prompt_source import check, prompt_source
@@ -55,13 +63,9 @@ def methods() -> Mapping[str, type[AdapterConfig]]:
     help="Modules that get an adapter: a group (qv, attention, ffn, all) or the end of a path; may be repeated. "
     "[default: the method's own]",
 )
-@click.option("--rows", type=click.IntRange(min=1), help="Train on so many rows, drawn at random. [default: all]")
-@click.option("--seed", default=0, show_default=True, help="Seed of initial tensors, order and drawn rows.")
-@click.option(
-    "--checkpoints",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for checkpoints; the same command goes on from the last one after it was cut off.",
-)
+@rows_option
+@seed_option
+@checkpoints_option
 @click.option(
     "--search",
     "trials",

@@ -128,11 +128,17 @@ class LearntRun:
         groups = {name: self._alike(name) for name in dict.fromkeys(names) if name is not None}
         several = [i for i, name in enumerate(names) if name is not None and len(groups[name]) > 1]
         found = list(self._answered(texts, [None if i in several else name for i, name in enumerate(names)], certain))
-        for i in several:
-            among = groups[str(names[i])]
-            queries = [self._query(texts[i], name, self._answer(name)) for name in among]
-            weights = choice.scores[i, [self.context.tasks.index(name) for name in among]].softmax(0).tolist()
-            found[i] = Asked(names[i], certain[i], weighted(predict(self.loaded, queries), weights))
+        answers = {name: self._answer(name) for group in groups.values() for name in group}
+        asked = [(i, name) for i in several for name in groups[str(names[i])]]
+        queries = [self._query(texts[i], name, answers[name]) for i, name in asked]
+        made = predict(self.loaded, queries, batch_size=self.sequence.eval_batch_size) if queries else ()
+        parts: dict[int, list[Prediction]] = {}
+        for (i, _), prediction in zip(asked, made, strict=True):
+            parts.setdefault(i, []).append(prediction)
+        for i, predictions in parts.items():
+            columns = [self.context.tasks.index(name) for name in groups[str(names[i])]]
+            weights = choice.scores[i, columns].softmax(0).tolist()
+            found[i] = Asked(names[i], certain[i], weighted(predictions, weights))
         return tuple(found)
 
     def _alike(self, name: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import click
 
 from graftory.adapter import TASK_SOURCE, Parent, check_name
 from graftory.commands.composers.settings import SettingsCommand
-from graftory.commands.options import given_settings
+from graftory.commands.options import checkpoints_option, given_settings, rows_option, seed_option
 from graftory.commands.output import json_option, print_json, working
 from graftory.commands.show import print_metrics
 from graftory.commands.train import rows_of_test
@@ -30,13 +30,9 @@ from graftory.settings import FusionSettings
     multiple=True,
     help="End of a module path: fuse only there; may be repeated. [default: wherever an adapter sits]",
 )
-@click.option("--rows", type=click.IntRange(min=1), help="Train on so many rows, drawn at random. [default: all]")
-@click.option("--seed", default=0, show_default=True, help="Seed of initial tensors, order and drawn rows.")
-@click.option(
-    "--checkpoints",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for checkpoints; the same command goes on from the last one after it was cut off.",
-)
+@rows_option
+@seed_option
+@checkpoints_option
 @json_option
 @click.pass_obj
 def command(

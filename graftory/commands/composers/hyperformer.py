@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from graftory.adapter import Parent, check_name
 from graftory.commands.composers.settings import SettingsCommand
-from graftory.commands.options import flag_of, given_settings
+from graftory.commands.options import checkpoints_option, flag_of, given_settings, rows_option, seed_option
 from graftory.commands.output import json_option, print_json, working
 from graftory.commands.show import print_metrics
 from graftory.commands.train import rows_of_test
@@ -23,55 +25,35 @@ if TYPE_CHECKING:
     from graftory.hub import Record
 
 
-def generator_command(kind: type[HyperformerConfig], help_text: str) -> click.Command:
-    """The command that trains generators of a kind, with the options of its configuration."""
-
-    @click.command(kind.method, cls=SettingsCommand, settings=(kind, HyperformerSettings), help=help_text)
-    @click.argument("task_sources", metavar="TASK...", nargs=-1, required=True)
-    @click.option("--name", required=True, help="Name of the generator in the hub.")
-    @click.option("--base", help="The base model. [default: the one recorded of the generator to start from]")
-    @click.option("--from", "start", metavar="REF", help="Teach this one more task: only its embedding and head learn.")
-    @click.option(
+_OPTIONS: Sequence[Callable[[Any], Any]] = (
+    click.argument("task_sources", metavar="TASK...", nargs=-1, required=True),
+    click.option("--name", required=True, help="Name of the generator in the hub."),
+    click.option("--base", help="The base model. [default: the one recorded of the generator to start from]"),
+    click.option("--from", "start", metavar="REF", help="Teach this one more task: only its embedding and head learn."),
+    click.option(
         "--target",
         "targets",
         multiple=True,
         help="End of a module path: generate only there; may be repeated. [default: after attention and FFN; lora: "
         "q, v]",
-    )
-    @click.option(
-        "--rows", type=click.IntRange(min=1), help="So many rows of each task, drawn at random. [default: all]"
-    )
-    @click.option("--seed", default=0, show_default=True, help="Seed of initial tensors, order and drawn rows.")
-    @click.option(
-        "--checkpoints",
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Folder for checkpoints; the same command goes on from the last one after it was cut off.",
-    )
-    @json_option
-    @click.pass_obj
-    def command(
-        registry: str | None,
-        task_sources: tuple[str, ...],
-        name: str,
-        base: str | None,
-        start: str | None,
-        targets: tuple[str, ...],
-        rows: int | None,
-        seed: int,
-        checkpoints: Path | None,
-        as_json: bool,
-    ) -> None:
-        train_generator(
-            registry, kind, task_sources, name, base, start, targets, rows, seed, checkpoints, as_json=as_json
-        )
+    ),
+    *(rows_option, seed_option, checkpoints_option, json_option),
+)
 
-    made: click.Command = command
+
+def generator_command(kind: type[HyperformerConfig], help_text: str) -> click.Command:
+    """The command that trains generators of a kind, with the options of its configuration."""
+    run: Any = click.pass_obj(partial(train_generator, kind=kind))
+    for option in reversed(_OPTIONS):
+        run = option(run)
+    made: click.Command = click.command(
+        kind.method, cls=SettingsCommand, settings=(kind, HyperformerSettings), help=help_text
+    )(run)
     return made
 
 
 def train_generator(
     registry: str | None,
-    kind: type[HyperformerConfig],
     task_sources: tuple[str, ...],
     name: str,
     base: str | None,
@@ -80,8 +62,8 @@ def train_generator(
     rows: int | None,
     seed: int,
     checkpoints: Path | None,
-    *,
     as_json: bool,
+    kind: type[HyperformerConfig],
 ) -> None:
     """Train a generator, or teach one more task to it, measure its tasks and keep it.
 

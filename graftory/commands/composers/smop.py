@@ -9,7 +9,7 @@ import click
 
 from graftory.adapter import TASK_SOURCE, Parent, check_name
 from graftory.commands.composers.settings import SettingsCommand
-from graftory.commands.options import flag_of, given_settings
+from graftory.commands.options import checkpoints_option, flag_of, given_settings, rows_option, seed_option
 from graftory.commands.output import json_option, print_json, working
 from graftory.commands.show import print_metrics
 from graftory.commands.train import rows_of_test
@@ -27,13 +27,9 @@ _OF_THE_START = ("prompts", "length", "spread")
 @click.option("--name", required=True, help="Name of the prompts in the hub.")
 @click.option("--base", help="The base model. [default: the one recorded of the adapter to start from]")
 @click.option("--from", "start", metavar="REF", help="Start from prompts in the hub, trained on another task.")
-@click.option("--rows", type=click.IntRange(min=1), help="Train on so many rows, drawn at random. [default: all]")
-@click.option("--seed", default=0, show_default=True, help="Seed of initial tensors, order and drawn rows.")
-@click.option(
-    "--checkpoints",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for checkpoints; the same command goes on from the last one after it was cut off.",
-)
+@rows_option
+@seed_option
+@checkpoints_option
 @json_option
 @click.pass_obj
 def command(

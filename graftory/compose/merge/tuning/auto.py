@@ -168,8 +168,8 @@ def auto_merge(
     for number, name in enumerate(adapters):
         only = tuple(float(other == number) for other in range(len(parts)))
         recipes[name] = _Recipe("linear", only, METHODS["linear"].params())
-        tried.append(_Tried(name, "linear", "single", bench.judge(parts[number])))
-    tried.append(_Tried("nothing (the bare base)", None, "nothing", bench.judge(None)))
+        tried.append(Tried(name, "linear", "single", bench.judge(parts[number])))
+    tried.append(Tried("nothing (the bare base)", None, "nothing", bench.judge(None)))
     table = judged(tried, own)
     ranked = sorted(table, key=lambda row: (row.score is None, -(row.score or 0.0)))
     if ranked[0].method is None:
@@ -190,7 +190,7 @@ def auto_merge(
 
 
 @dataclass(frozen=True, slots=True)
-class _Tried:
+class Tried:
     """What came of a candidate; no verdicts if it could not be made."""
 
     name: str
@@ -200,7 +200,7 @@ class _Tried:
     problem: str | None = None
 
 
-def judged(tried: Sequence[_Tried], own: Sequence[Verdict]) -> list[Judged]:
+def judged(tried: Sequence[Tried], own: Sequence[Verdict]) -> list[Judged]:
     """Scores, and how far each is behind the best."""
     shares = {one.name: _shares(one.verdicts, own) for one in tried if one.verdicts}
     best = max(shares.values(), key=_mean)
@@ -280,12 +280,12 @@ class _Maker:
             )
         return self._inputs[gradients]
 
-    def tried(self, candidate: Candidate, recipe: _Recipe) -> _Tried:
+    def tried(self, candidate: Candidate, recipe: _Recipe) -> Tried:
         try:
             merged = self.make(recipe)
         except MergeError as error:
-            return _Tried(candidate.name, candidate.method, candidate.floor, problem=str(error))
-        return _Tried(candidate.name, candidate.method, candidate.floor, self._bench.judge(merged))
+            return Tried(candidate.name, candidate.method, candidate.floor, problem=str(error))
+        return Tried(candidate.name, candidate.method, candidate.floor, self._bench.judge(merged))
 
 
 def _recipe(candidate: Candidate, count: int, rank: int | None, seed: int) -> _Recipe:
