@@ -18,6 +18,7 @@ from graftory.continual import Event, Report, compare_runs, load_report, load_se
 from graftory.continual.files import append_event, read_events
 from graftory.continual.freeze import must_stay
 from graftory.continual.router_file import load_router
+from graftory.continual.router_fit import router_features
 from graftory.continual.state import RunFolder
 from graftory.errors import ConfigError, CorruptAdapterError, GraftoryError
 from graftory.hub import Hub
@@ -67,10 +68,50 @@ def test_isolated_forgets_exactly_nothing(isolated: tuple[Report, Hub, Path]) ->
     assert {(result.train_rows, result.test_rows) for result in report.results} == {(48, 30)}
 
 
-def test_learnt_cells_are_measured_again_at_every_step(isolated: tuple[Report, Hub, Path]) -> None:
-    folder = RunFolder(isolated[2])
-    copied = {(i, j): bool((cell := folder.cell(i, j, "oracle")) and cell.copied) for i in range(4) for j in range(3)}
-    assert {key for key, value in copied.items() if value} == {(1, 1), (1, 2), (2, 2)}
+def test_only_what_changed_is_measured_again(isolated: tuple[Report, Hub, Path], seq: tuple[Report, Hub, Path]) -> None:
+    untrained = {(1, 1), (1, 2), (2, 2)}
+    assert copied_cells(isolated[2]) == untrained | {(2, 0), (3, 0), (3, 1)}
+    assert copied_cells(seq[2]) == set()  # the one body is another at every step
+
+
+def copied_cells(folder: Path) -> set[tuple[int, int]]:
+    run = RunFolder(folder)
+    return {(i, j) for i in range(4) for j in range(3) if (cell := run.cell(i, j, "oracle")) and cell.copied}
+
+
+def test_what_is_not_measured_again_would_give_the_same(isolated: tuple[Report, Hub, Path], place: Path) -> None:
+    from graftory.continual.evaluation import TestSet, oracle_cell, routed_cell
+    from graftory.continual.strategies import Answer
+    from graftory.data import load_rows, load_task
+    from graftory.training import load_base
+
+    report, hub, folder = isolated
+    sequence = RunFolder(folder).sequence()
+    loaded = load_base(sequence.base, "classification")
+    tests = [
+        TestSet(task, load_rows(task, "test", limit=sequence.limits.test, seed=sequence.seed))
+        for task in (load_task(str(place / f"{name}.yaml")) for name in TASKS)
+    ]
+    adapters = [hub.get(ref) for ref in refs(report)]
+    answers = {name: Answer(adapter, adapter) for name, adapter in zip(TASKS, adapters, strict=True)}
+    router = load_router(folder / "router.safetensors")
+    size = sequence.eval_batch_size
+    for j, name in enumerate(TASKS):
+        again = oracle_cell(loaded, 3, j, tests[j], answers[name], size)
+        kept = RunFolder(folder).cell(3, j, "oracle")
+        assert kept is not None
+        assert (again.value, again.mark) == (kept.value, kept.mark)
+        features = router_features(loaded, router, tests[j].rows.texts, size)
+        routed = routed_cell(loaded, 3, j, tests, answers, router, features, size)
+        stored = RunFolder(folder).cell(3, j, "routed")
+        assert stored is not None
+        assert (routed.value, routed.routes, routed.mark) == (stored.value, stored.routes, stored.mark)
+        assert routed_cell(loaded, 4, j, tests, answers, router, features, size, stored) == replace(
+            stored, step=4, copied=True
+        )
+        # another answer on one of the routes: measured anew
+        others = {key: Answer(adapters[j - 1], adapters[j]) for key in answers}
+        assert not routed_cell(loaded, 4, j, tests, others, router, features, size, stored).copied
 
 
 def test_isolated_does_not_depend_on_the_order(place: Path, isolated: tuple[Report, Hub, Path], tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 With the id given, a task is always evaluated in batches of its own rows alone. What else is in the run
 then has no say in padding or rounding, so an adapter that has not changed gives the same bits again:
-BWT = 0 exactly is a matter of construction, not of luck. (Mixing tasks in a batch changes the padding of
-its rows, which can turn a row that stands on the edge.) Routed rows do go in mixed batches, and so do all tasks
-learnt so far where `eval_mixed` says so, as it does for language models unless it is turned off.
+BWT = 0 exactly is a matter of construction, not of luck, and such a cell is not measured again (see
+`unchanged`). Mixing tasks in a batch changes the padding of its rows, which can turn a row that stands on the
+edge. Routed rows do go in mixed batches, and so do all tasks learnt so far where `eval_mixed` says so, as it does
+for language models unless it is turned off.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from graftory.adapter import Metric
 from graftory.continual.router import ABSTAIN, Router
 from graftory.continual.state import Cell
 from graftory.continual.strategies import Answer
+from graftory.continual.unchanged import mark, routed_mark, unchanged
 from graftory.data import TEXT_KINDS, Rows, TaskFile
 from graftory.training import Job, LoadedBase, evaluate
 from graftory.training.metrics import measure
@@ -60,8 +62,12 @@ def oracle_cells(
     jobs = [_job(f"oracle {position}", test.task, test.rows, answer) for position, (test, answer) in headed.items()]
     results = evaluate(loaded, jobs, batch_size=batch_size) if jobs else ()
     cells = [
-        Cell(step, position, "oracle", metrics[0].name, metrics[0].value, metrics[0].n, loss=_loss(job.task, metrics))
-        for position, job, metrics in zip(headed, jobs, results, strict=True)
+        Cell(
+            *(step, position, "oracle", metrics[0].name, metrics[0].value, metrics[0].n),
+            loss=_loss(job.task, metrics),
+            mark=mark(answer) if len(tests) == 1 else "",
+        )
+        for (position, (_, answer)), job, metrics in zip(headed.items(), jobs, results, strict=True)
     ]
     read = ((position, *pair) for position, pair in tests.items() if position not in headed)
     return [*cells, *(_read_cell(loaded, step, *each, batch_size) for each in read)]
@@ -83,6 +89,7 @@ def routed_cell(
     router: Router,
     features: Tensor,
     batch_size: int,
+    before: Cell | None = None,
 ) -> Cell:
     """Measure one task with the router's choice for each row, in mixed batches.
 
@@ -99,6 +106,7 @@ def routed_cell(
         router: The router.
         features: Features of the test's rows; the base is frozen, so they are taken once a run.
         batch_size: Rows at a time.
+        before: The cell of the step before, which is taken if every row goes where it went then, to the same answer.
     """
     test, choice = tests[position], router.route(features)
     chosen = [ABSTAINED if i == ABSTAIN else router.names[i] for i in choice.task.tolist()]
@@ -113,15 +121,18 @@ def routed_cell(
         weights = choice.scores[rows][:, alike].softmax(1)
         right = mixture_right(loaded, test, rows, tuple(among.values()), weights, batch_size)
         return Cell(step, position, "routed", test.task.metric, right / len(test.rows), len(test.rows), routes)
+    ways = {**answers, ABSTAINED: Answer(None, None)}
+    own = routed_mark(chosen, {route: mark(ways[route]) for route in routes})
+    if (same := unchanged(before, own, step)) is not None:
+        return same
     jobs = []
     for route in routes:
-        answer = Answer(None, None) if route == ABSTAINED else answers[route]
         can = not _has_head(test) if route == ABSTAINED else _same_question(test, others[route])
         if can:
-            jobs.append(_job(route, test.task, _subset(test.rows, [name == route for name in chosen]), answer))
+            jobs.append(_job(route, test.task, _subset(test.rows, [name == route for name in chosen]), ways[route]))
     results = evaluate(loaded, jobs, batch_size=batch_size) if jobs else ()
     share = sum(metrics[0].value * len(job.rows) for job, metrics in zip(jobs, results, strict=True))
-    return Cell(step, position, "routed", test.task.metric, share / len(test.rows), len(test.rows), routes)
+    return Cell(step, position, "routed", test.task.metric, share / len(test.rows), len(test.rows), routes, mark=own)
 
 
 def mixture_right(

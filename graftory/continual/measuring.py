@@ -1,9 +1,11 @@
-"""Fill the matrix: what is missing of a row is measured, what is there is not measured again."""
+"""Fill the matrix: what is missing of a row is measured; what is there, or has not changed since the row before, is not
+measured again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from graftory.continual.router import Router
 from graftory.continual.router_fit import router_features
 from graftory.continual.state import Cell, RunFolder
 from graftory.continual.strategies import Answer, Context, Strategy
+from graftory.continual.unchanged import mark, unchanged
 from graftory.training import LoadedBase
 
 
@@ -47,9 +50,9 @@ class Measuring:
         for j in range(seen or number):
             if router is not None and self.folder.cell(number, j, "routed") is None:
                 answered = dict(zip(context.tasks, answers, strict=True))
-                features = self._features(j, router)
-                cell = routed_cell(self.loaded, number, j, self.tests, answered, router, features, self.batch_size)
-                self.folder.put_cell(cell)
+                features, before = self._features(j, router), self.folder.cell(number - 1, j, "routed")
+                args = (self.loaded, number, j, self.tests, answered, router, features, self.batch_size)
+                self.folder.put_cell(routed_cell(*args, before))
         self._probe(number, context, answers, router)
         own = self.folder.cell(number, number - 1, "oracle")
         assert own is not None
@@ -62,8 +65,7 @@ class Measuring:
             self._together(number, [j for j, name in enumerate(context.tasks) if context.step_of(name)], answers)
         for j, answer in enumerate(answers):
             if self.folder.cell(number, j, "oracle") is None:
-                learnt = context.step_of(context.tasks[j]) is not None
-                self.folder.put_cell(self._oracle(number, j, answer, learnt))
+                self.folder.put_cell(self._oracle(number, j, answer))
         return answers
 
     def baseline(self) -> None:
@@ -90,13 +92,10 @@ class Measuring:
         before = next((point for point in points if point is not None), None)
         self.folder.put_probed(self.probe.after(number, bodies, router, before))
 
-    def _oracle(self, number: int, position: int, answer: Answer, learnt: bool) -> Cell:
-        """A task measured with its id given; a task that no adapter answers yet keeps its untrained value."""
-        before = self.folder.cell(0, position, "oracle")
-        bare = answer.body is None and answer.mixture is None and answer.readout is None
-        if bare and not learnt and before is not None:
-            return replace(before, step=number, copied=True)
-        return oracle_cell(self.loaded, number, position, self.tests[position], answer, self.batch_size)
+    def _oracle(self, number: int, position: int, answer: Answer) -> Cell:
+        """A task measured with its id given, or as it was at the step before if nothing changed since."""
+        same = unchanged(self.folder.cell(number - 1, position, "oracle"), mark(answer), number)
+        return same or oracle_cell(self.loaded, number, position, self.tests[position], answer, self.batch_size)
 
     def _features(self, position: int, router: Router) -> Tensor:
         if position not in self.features:

@@ -58,9 +58,11 @@ class Cell:
     routes: Mapping[str, int] = field(default_factory=dict)
     """Routed: how many rows went to each task, and to `abstained`."""
     copied: bool = False
-    """Whether it is the untrained value by definition, not measured again."""
+    """Whether it is that of the step before, as all that answers is the same; see `unchanged`."""
     loss: float | None = None
     """Of language models, with the id given: nats per token of the answers."""
+    mark: str = ""
+    """sha256 over what answers; empty where that cannot be told, so that it is always measured."""
 
 
 @dataclass(frozen=True, slots=True)
