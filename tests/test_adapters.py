@@ -8,11 +8,12 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftory import BottleneckConfig, LoraConfig, attach, base_of, new_adapter
 from graftory.config import Placement
 from graftory.errors import BaseMismatchError, RouteError, ShapeError, UnsupportedAdapterError
+from graftory.kernels import inlet
 from tests.adapter_samples import PLACEMENTS, ROWS, eight, logits, make, task
 from tests.conftest import RELATIVES, TINY, tiny_batch, tiny_model
 
@@ -335,3 +336,58 @@ def test_dropout_acts_in_training_only_and_at_each_adapters_rate() -> None:
         moving = logits(adapted, batch)
     assert torch.allclose(moving[::2], still[::2], atol=1e-6)
     assert (moving[1::2] - still[1::2]).abs().min() > 0
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_who_listens_to_all_modules_keeps_what_the_base_returned(learns: bool) -> None:
+    """Updates are added in a layer's own memory, but not to what somebody was given before."""
+    model, batch = tiny_model("bert"), tiny_batch("bert")
+    layer = model.bert.encoder.layer[0].attention.self.query
+    heard: list[Tensor] = []
+
+    def listen(module: nn.Module, _: object, output: Tensor) -> None:
+        if module is layer:
+            heard.append(output)
+
+    adapted = attach(model, {"a": make(model, LoraConfig(targets=("all",)), labels=3)})
+    if learns:
+        adapted.train_only("a")
+    with adapted.route("a"), torch.set_grad_enabled(learns):
+        alone = logits(adapted, batch)
+    handle = nn.modules.module.register_module_forward_hook(listen)
+    try:
+        with adapted.route("a"), torch.set_grad_enabled(learns):
+            torch.testing.assert_close(logits(adapted, batch), alone)
+        with adapted.route(None), torch.no_grad():
+            logits(adapted, batch)
+    finally:
+        handle.remove()
+    assert torch.equal(*heard)
+
+
+def test_a_layer_s_gradient_and_its_update_s_meet_at_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One mixed batch with and without inlets: the same gradients, at the input embeddings too."""
+    from graftory.adapters import lora
+
+    model, batch = tiny_model("bert"), tiny_batch("bert")
+    adapted = attach(
+        model, {name: make(model, LoraConfig(targets=("all",)), 3, seed) for seed, name in enumerate("ab")}
+    )
+    adapted.train_only("a", "b")
+    model.get_input_embeddings().weight.requires_grad_(True)
+    entered, found = [], []
+
+    def counted(x: Tensor) -> Tensor:
+        entered.append(inlet(x) is not x)
+        return inlet(x)
+
+    for way in (counted, lambda x: x):
+        monkeypatch.setattr(lora, "inlet", way)
+        adapted.zero_grad()
+        with adapted.route([*"abba", *"abab"]):
+            logits(adapted, batch).square().sum().backward()
+        found.append({name: weight.grad for name, weight in adapted.named_parameters() if weight.requires_grad})
+    assert all(entered)
+    assert len(entered) > 6
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], atol=1e-5, rtol=1e-4, msg=partial("{}: {}".format, name))

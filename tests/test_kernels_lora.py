@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from graftory.kernels import batched_lora
+from graftory.kernels import batched_lora, inlet
 from graftory.kernels.backend import Backend
 from tests.kernel_samples import Batch, batch, error, expected
 
@@ -152,3 +153,95 @@ def test_a_backend_that_cannot_run_is_refused() -> None:
         run(CASES["weighted"], "cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="weight"):
         run(replace(CASES["weighted"], weight=torch.ones(3)))
+
+
+# --- beside a layer: `onto` and `inlet` ------------------------------------------------------------------------------
+
+
+def beside(given: Batch, layer: Tensor, *, shared: bool) -> Tensor:
+    """W x + the update, with one gradient of x for both or with two that autograd adds."""
+    x = inlet(given.x) if shared else given.x
+    plain, index = functional.linear(x, layer), given.index
+    if not shared:
+        return plain + batched_lora(x, given.a, given.b, given.scale, index, given.weight)
+    return batched_lora(x, given.a, given.b, given.scale, index, given.weight, onto=plain)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_and_its_update_in_one_piece_of_memory(name: str) -> None:
+    given = CASES[name].learning()
+    layer = torch.randn(given.b.shape[1], given.x.shape[2], generator=torch.Generator().manual_seed(3)).double()
+    results = []
+    for shared in (True, False):
+        y = beside(given, layer, shared=shared)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), given.leaves())])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_what_it_is_added_to_gives_its_memory(learns: bool) -> None:
+    given = CASES["each its own"].learning() if learns else CASES["each its own"]
+    plain = torch.randn(3, 3, 20, generator=torch.Generator().manual_seed(1)).double()
+    want = plain + run(given)
+    y = batched_lora(given.x, given.a, given.b, given.scale, given.index, onto=plain)
+    assert y.data_ptr() == plain.data_ptr()
+    torch.testing.assert_close(y, want, atol=1e-12, rtol=1e-12)
+
+
+def test_what_it_is_added_to_keeps_its_dtype() -> None:
+    given = CASES["some none"]
+    plain = torch.randn(7, 3, 20, generator=torch.Generator().manual_seed(1))
+    y = batched_lora(given.x, given.a, given.b, given.scale, given.index, onto=plain)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), plain.double() + run(given), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"onto: got \(7, 3, 19\), wanted \(7, 3, 20\)"):
+        batched_lora(given.x, given.a, given.b, given.scale, given.index, onto=plain[..., :19])
+
+
+def test_a_layer_that_kept_what_is_written_to_is_told() -> None:
+    given = CASES["each its own"].learning()
+    kept = torch.tanh(functional.linear(given.x, torch.ones(20, 24).double()))  # tanh looks at its output again
+    y = batched_lora(given.x, given.a, given.b, given.scale, given.index, onto=kept)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["each its own", "one for all"])
+def test_an_inlet_is_right_in_every_pass(name: str) -> None:
+    """Passes that end before they come to x, twice through one graph, and twice through one inlet."""
+    given = CASES[name].learning()
+    layer = torch.ones(20, 24).double()
+    y = beside(given, layer, shared=True)
+    x, a, _ = given.leaves()
+    want = torch.autograd.grad(beside(given, layer, shared=False).sum(), [x, a])
+    torch.autograd.grad(y.sum(), [a], retain_graph=True)
+    for _ in range(2):
+        for got, each in zip(torch.autograd.grad(y.sum(), [x, a], retain_graph=True), want, strict=True):
+            torch.testing.assert_close(got, each, atol=1e-10, rtol=1e-10)
+    entered = inlet(x)
+    parts = [given.a, given.b, given.scale, given.index]
+    twice = functional.linear(entered, layer) + batched_lora(entered, *parts) + batched_lora(entered, *parts)
+    plain = functional.linear(x, layer) + 2 * batched_lora(x, *parts)
+    (got,), (each,) = (torch.autograd.grad(total.sum(), [x]) for total in (twice, plain))
+    torch.testing.assert_close(got, each, atol=1e-10, rtol=1e-10)
+
+
+def test_an_inlet_is_nothing_where_nothing_is_gained() -> None:
+    x = torch.ones(2, 3, 4)
+    assert inlet(x) is x
+    flat = torch.ones(2, 4, requires_grad=True)
+    assert inlet(flat) is flat
+    with torch.no_grad():
+        assert inlet(learning := torch.ones(2, 3, 4, requires_grad=True)) is learning
+
+
+def test_an_inlet_lets_gradients_through_gradients_that_are_not_contiguous() -> None:
+    given = CASES["one for all"].learning()
+    entered = inlet(given.x)
+    layer = torch.randn(24, 24, generator=torch.Generator().manual_seed(3)).double()
+    turned = torch.einsum("ntd,de->nte", entered.transpose(1, 2).transpose(1, 2), layer)
+    parts = [given.a, given.b, given.scale, given.index]
+    got = torch.autograd.grad(turned.sum() + batched_lora(entered, *parts).sum(), [given.x])[0]
+    want = torch.autograd.grad((given.x @ layer).sum() + batched_lora(given.x, *parts).sum(), [given.x])[0]
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
-from graftory.kernels import batched_lora
+from graftory.kernels import batched_lora, inlet
 
 WIDTH, ROWS, TOKENS, RANK = 384, 64, 32, 8
 COUNTS = (1, 8, 32, 64)
@@ -20,7 +20,9 @@ PAIRS = {
     for mode in ("", "training, ")
     for way in ("graftory", "gather", "loop")
 }
-Update = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Layer = Callable[[Tensor], Tensor]
+Way = Callable[[Tensor, Layer, Tensor, Tensor, Tensor], Tensor]
+"""From x, the layer, all A, all B and the adapter of each row to what the layer returns with the updates."""
 
 
 def measure_linears() -> Iterator[dict[str, Any]]:
@@ -37,34 +39,24 @@ def one(count: int) -> dict[str, Any]:
     a = torch.randn(count, RANK, WIDTH, generator=generator, requires_grad=True)
     b = torch.randn(count, WIDTH, RANK, generator=generator, requires_grad=True)
     index = torch.arange(ROWS) % count
-    scale = torch.ones(count)
-    updates: dict[str, Update] = {
-        "graftory": lambda x, a, b, index: batched_lora(x, a, b, scale, index),
-        "gather": lambda x, a, b, index: torch.bmm(torch.bmm(x, a[index].mT), b[index].mT),
-        "loop": looped,
-    }
     grad = torch.randn(ROWS, TOKENS, WIDTH, generator=generator)
+    ways: dict[str, Way] = {"base": lambda x, layer, *_: layer(x), "graftory": ours, "gather": gathered, "loop": looped}
 
-    def base() -> Tensor:
+    def layer(x: Tensor) -> Tensor:
         return functional.linear(x, weight, bias)
 
-    def forward(update: Update | None) -> Run:
+    def forward(way: Way) -> Run:
         def run() -> None:
             with torch.no_grad():
-                _ = base() if update is None else update(x, a, b, index).add_(base())
+                way(x, layer, a, b, index)
 
         return run
 
-    def train(update: Update | None) -> Run:
-        def run() -> None:
-            y = base() if update is None else base() + update(x, a, b, index)
-            torch.autograd.grad(y, [x] if update is None else [x, a, b], grad)
+    def train(way: Way, *learning: Tensor) -> Run:
+        return lambda: torch.autograd.grad(way(x, layer, a, b, index), [x, *learning], grad)
 
-        return run
-
-    ways: dict[str, Update | None] = {"base": None, **updates}
     runs = {name: forward(way) for name, way in ways.items()} | {
-        f"training, {name}": train(way) for name, way in ways.items()
+        f"training, {name}": train(way) if name == "base" else train(way, a, b) for name, way in ways.items()
     }
     times = quartiles(runs)
     return {
@@ -74,10 +66,21 @@ def one(count: int) -> dict[str, Any]:
     }
 
 
-def looped(x: Tensor, a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+def ours(x: Tensor, layer: Layer, a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    """As adapted models do it."""
+    x = inlet(x)
+    return batched_lora(x, a, b, torch.ones(len(a)), index, onto=layer(x))
+
+
+def gathered(x: Tensor, layer: Layer, a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    """The same products, autograd's backward."""
+    return layer(x) + torch.bmm(torch.bmm(x, a[index].mT), b[index].mT)
+
+
+def looped(x: Tensor, layer: Layer, a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     """Adapter by adapter, as PEFT does."""
     update = torch.zeros_like(x)
     for number in range(len(a)):
         rows = torch.where(index == number)[0]
         update = update.index_add(0, rows, functional.linear(functional.linear(x[rows], a[number]), b[number]))
-    return update
+    return layer(x) + update

@@ -17,9 +17,10 @@ from graftory.adapters.fusion_math import Source
 from graftory.adapters.fusion_site import FusableSite, named
 from graftory.adapters.method import Method
 from graftory.adapters.route import Selection
+from graftory.adapters.site import overheard
 from graftory.adapters.targets import linear_targets
 from graftory.config import LoraConfig
-from graftory.kernels import batched_lora
+from graftory.kernels import batched_lora, inlet
 
 A, B = LoraConfig.parts
 
@@ -33,6 +34,7 @@ class LoraSite(FusableSite[LoraConfig]):
     def install(self, model: PreTrainedModel) -> None:
         """Add the update to what the linear layer returns, ahead of any bottleneck that reads it."""
         del model
+        self.handles.append(self.module.register_forward_pre_hook(self._enter))
         self.listen(self._hook)
 
     def shapes(self, config: LoraConfig, path: str) -> Mapping[str, tuple[int, ...]]:
@@ -60,6 +62,10 @@ class LoraSite(FusableSite[LoraConfig]):
         """See `BankedSite.rate_of`."""
         return config.dropout
 
+    def _enter(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Where the gradients of the layer and of its updates meet."""
+        return None if self.route() is None else (inlet(args[0]), *args[1:])
+
     def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         route = self.route()
         if route is None:
@@ -67,7 +73,8 @@ class LoraSite(FusableSite[LoraConfig]):
         changed = output
         for bank, selection in self.selections(route, args[0]):
             for part in self._alike(selection):
-                changed = part.add(changed, self._update(args[0], bank, part), fresh=True)
+                ours = changed is not output or not overheard()
+                changed = self._changed(changed, args[0], bank, part, ours=ours)
         for selection in self.fused_selections(route, args[0]):
             changed = selection.add(changed, self.fused_update(selection.take(args[0]), selection))
         return None if changed is output else changed
@@ -77,12 +84,18 @@ class LoraSite(FusableSite[LoraConfig]):
         dropped = self.training and any(self.configs[slot].dropout for slot in selection.slots)
         return selection.apart() if dropped else [selection]
 
-    def _update(self, inputs: Tensor, bank: Bank, selection: Selection) -> Tensor:
-        """What the plain adapters add to their rows of the inputs."""
+    def _changed(self, output: Tensor, inputs: Tensor, bank: Bank, part: Selection, *, ours: bool) -> Tensor:
+        """The output with what adapters add to it, in its own memory if that is `ours` to write to."""
+        if part.rows is None and ours:
+            return self._update(inputs, bank, part, output)
+        return part.add(output, self._update(inputs, bank, part), fresh=True)
+
+    def _update(self, inputs: Tensor, bank: Bank, selection: Selection, onto: Tensor | None = None) -> Tensor:
+        """What the plain adapters add to their rows of the inputs; added, if `onto` is given; see `batched_lora`."""
         x = self.taken(inputs, selection)
         used = self.used(bank, selection)
         a, b, *_ = used.tensors
-        return batched_lora(x, a, b, used.scale, used.routing, selection.weights, ranks=used.sizes)
+        return batched_lora(x, a, b, used.scale, used.routing, selection.weights, ranks=used.sizes, onto=onto)
 
 
 def _resolve(model: PreTrainedModel, config: LoraConfig) -> tuple[str, ...]:

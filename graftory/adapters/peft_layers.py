@@ -15,7 +15,7 @@ from graftory.adapters.banked_site import dropout_of
 from graftory.adapters.peft_call import BASE, MixedCall, Owner, call_of
 from graftory.adapters.route import Selection
 from graftory.errors import RouteError
-from graftory.kernels import batched_lora
+from graftory.kernels import batched_lora, inlet
 from graftory.kernels.shapes import stack_padded
 
 
@@ -90,9 +90,10 @@ class BatchedLinear(MixedLora):
         """
         offsets = kwargs.pop("alora_offsets", None)
         call = call_of(self.mixed_owner) or MixedCall(adapter_names)
+        x = inlet(x)
         output: Tensor = self.base_layer(x, *args, **kwargs)
         rows = call.select([name for name in self.lora_A if name not in self.lora_variant], x)
-        changed = output if rows is None else rows.add(output, self._update(rows.take(x), rows))
+        changed = output if rows is None else rows.add(output, self._update(rows.take(x), rows), fresh=True)
         for name in self.lora_variant:
             rows = call.select([name], x)
             if rows is not None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -177,6 +178,11 @@ class Site(nn.Module, ABC, Generic[C]):
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+
+def overheard() -> bool:
+    """Whether somebody is told what modules return before any site is: then that is not to be written to."""
+    return bool(_global_forward_hooks)
 
 
 def key_of(part: str) -> str:

@@ -84,9 +84,10 @@ class GatedLoraSite(Gated, LoraSite):
     def _alike(self, selection: Selection) -> Iterable[Selection]:
         return selection.apart()
 
-    def _update(self, inputs: Tensor, bank: Bank, selection: Selection) -> Tensor:
+    def _update(self, inputs: Tensor, bank: Bank, selection: Selection, onto: Tensor | None = None) -> Tensor:
         gates = self.gates(selection.take(inputs), self.used(bank, selection), selection)
-        return super()._update(inputs, bank, selection) * gates[:, None, None]
+        update = super()._update(inputs, bank, selection) * gates[:, None, None]
+        return update if onto is None else onto + update
 
 
 class GatedBottleneckSite(Gated, BottleneckSite):

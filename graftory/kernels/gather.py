@@ -32,13 +32,6 @@ def one_for_all(matrices: Tensor, index: Tensor) -> bool:
     return only and index.device.type == "cpu" and not bool((index < 0).any())
 
 
-def all_used(index: Tensor) -> Tensor | None:
-    """The adapter of each row, [N], where it is known that each row has one, and only one."""
-    if index.shape[1] > 1 or any_of(index < 0):
-        return None
-    return index[:, 0]
-
-
 def gather_in(matrices: Tensor, index: Tensor) -> Tensor:
     """[K, R, D] as [N, M R, D]; zeros where a mixture has no adapter, so that nothing of another one comes in."""
     _, rank, width = matrices.shape
@@ -68,9 +61,13 @@ def _cleared(gathered: Tensor, index: Tensor, rank: int) -> Tensor:
     return gathered.masked_fill(spread(unused, rank).transpose(1, 2), 0.0) if any_of(unused) else gathered
 
 
-def to_adapters(each: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """The gradients of rows and places, [N M, ...], summed for each adapter, row after row."""
+def to_adapters(each: Tensor, index: Tensor, like: Tensor, *, full: bool = False) -> Tensor:
+    """The gradients of rows and places, [N M, ...], summed for each adapter, row after row; `full` if it is known that
+    each place has one.
+    """
     flat = index.flatten()
+    if full:
+        return torch.zeros_like(like).index_add_(0, flat, each)
     if any_of(flat < 0):
         each = each.masked_fill((flat < 0).view(-1, *[1] * (each.dim() - 1)), 0.0)
     return torch.zeros_like(like).index_add_(0, flat.clamp(min=0), each)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from torch import Tensor
 
+from graftory.kernels.gather import any_of
 from graftory.kernels.shapes import check, check_shape
 from graftory.kernels.tiles import Tiles, cut
 
@@ -26,6 +29,17 @@ class Routing:
         self.places = (index if index.dim() == 2 else index[:, None]).contiguous()
         """[N, M], in one piece."""
         self._tiles: dict[tuple[int, int, int], Tiles] = {}
+
+    @cached_property
+    def unused(self) -> Tensor | None:
+        """Which places have no adapter, [N, M]; None where it is known that there are none. See `any_of`."""
+        unused = self.places < 0
+        return unused if any_of(unused) else None
+
+    @cached_property
+    def own(self) -> Tensor | None:
+        """The adapter of each row, [N], where it is known that each row has one, and only one."""
+        return self.places[:, 0] if self.places.shape[1] == 1 and self.unused is None else None
 
     def tiles(self, tokens: int, adapters: int, size: int) -> Tiles:
         """The entries, a row's T tokens times its M places, cut for a kernel. See `tiles.cut`."""

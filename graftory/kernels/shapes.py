@@ -24,6 +24,8 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Non
 
 def as_rows(x: Tensor) -> tuple[Tensor, torch.Size]:
     """View [N, ..., D] as [N, T, D]; also return the shape to go back to."""
+    if x.dim() == 3:
+        return x, x.shape
     return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]), x.shape
 
 

@@ -22,9 +22,13 @@ def batched_lora(
     weight: Tensor | None = None,
     *,
     ranks: Tensor | None = None,
+    onto: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Each row's own LoRA update: y_i = Σ_m w_im s_k B_k A_k x_i with k = index_im.
+
+    Beside a layer, `y = batched_lora(x, ..., onto=layer(x))` with an x that has come through `inlet` makes no tensor of
+    y's or x's size that the layer alone would not make.
 
     Source: Punica, arXiv:2310.18547, section 4; here with mixtures, and with a backward. Run to run the bits are the
     same, and an adapter's numbers, even NaN, reach no row that does not use it.
@@ -38,10 +42,12 @@ def batched_lora(
             a `Routing` of that, which all layers of a forward share.
         weight: Weight of each of them, of index's shape; 1 if not given. Differentiable, as x, a and b are.
         ranks: True rank of each adapter, [K]; R if not given. It saves work on a GPU.
+        onto: What the update is added to, [N, ..., D_out]; its memory is used, so only the result is to be read then.
         backend: `torch` (gather and batched products, anywhere), `triton` (a GPU), or `auto`: the latter where it runs.
 
     Returns:
-        The update, [N, ..., D_out], in the dtype of `a` (under autocast, in autocast's); on a GPU summed in fp32.
+        The update, [N, ..., D_out], in the dtype of `a` (under autocast, in autocast's); on a GPU summed in fp32. With
+        `onto` the sum, in the dtype of that.
 
     Raises:
         ValueError: If the shapes disagree, or `triton` is asked for where it cannot run.
@@ -59,4 +65,10 @@ def batched_lora(
     weights = weight if weight is None or weight.dim() == 2 else weight[:, None]
     inputs = Inputs(rows, a.to(dtype), b.to(dtype), scale, routing.places, weights, ranks)
     chosen = resolved(backend, rows, fits=a.shape[1] <= MAX_RANK, wanted=f"rank {MAX_RANK} at most")
-    return apply(inputs, routing, chosen).reshape(*shape[:-1], b.shape[1])
+    wanted = (*shape[:-1], b.shape[1])
+    if onto is None:
+        return apply(inputs, routing, chosen).reshape(wanted)
+    check_shape("onto", onto, wanted)
+    if onto.dtype != dtype:
+        return onto + apply(inputs, routing, chosen).reshape(wanted).to(onto.dtype)
+    return apply(inputs, routing, chosen, as_rows(onto)[0]).reshape(wanted)

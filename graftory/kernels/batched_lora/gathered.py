@@ -9,93 +9,111 @@ their transposes, whose rows are R numbers long.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
 from graftory.kernels.gather import (
-    all_used,
-    any_of,
     factors,
     gather_in,
     gather_out,
     of_places,
-    one_for_all,
     spread,
     to_adapters,
     without,
 )
+from graftory.kernels.inlet import Product
+from graftory.kernels.routing import Routing
+
+Leave = Callable[[Product], Tensor | None]
 
 __all__ = ["backward", "factors", "forward", "weight_gradient"]
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The update [N, T, D_out], and Sᵀ = A xᵀ [N, M R, T], without its factor, for the backward."""
+def forward(inputs: Inputs, routing: Routing, onto: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The update [N, T, D_out], and Sᵀ = A xᵀ [N, M R, T], without its factor, for the backward.
+
+    With `onto` it is added to that, in its memory.
+    """
     x, a, b, scale, index, weight, _ = inputs
-    if a.shape[0] == 1 and one_for_all(a, index):
+    if len(a) == 1 and routing.own is not None:
         hidden = x @ a[0].T
         factor = factors(scale, index, weight, x.dtype)[:, :, None]
-        return (hidden * factor) @ b[0].T, hidden.transpose(1, 2)
-    own = all_used(index)
-    if own is not None:
+        return _onto(onto, (hidden * factor) @ b[0].T), hidden.transpose(1, 2)
+    if routing.own is not None:
         # what most batches are, and nothing but the products
-        hidden = torch.bmm(a.index_select(0, own), x.transpose(1, 2))
-        factor = scale.index_select(0, own) if weight is None else scale.index_select(0, own) * weight[:, 0]
-        scaled = hidden * factor.to(x.dtype)[:, None, None]
-        return torch.bmm(scaled.transpose(1, 2), b.index_select(0, own).transpose(1, 2)), hidden
+        hidden = torch.bmm(a.index_select(0, routing.own), x.transpose(1, 2))
+        factor = scale.index_select(0, routing.own) if weight is None else _weighted(scale, routing.own, weight)
+        left = (hidden * factor.to(x.dtype)[:, None, None]).transpose(1, 2)
+        right = b.index_select(0, routing.own).transpose(1, 2)
+        return torch.bmm(left, right) if onto is None else onto.baddbmm_(left, right), hidden
     hidden = torch.bmm(gather_in(a, index), x.transpose(1, 2))
     scaled = hidden * _by_unit(factors(scale, index, weight, x.dtype), a.shape[1])
     update = torch.bmm(scaled.transpose(1, 2), gather_out(b, index).transpose(1, 2))
-    unused = index < 0
-    if any_of(unused):
-        hidden = hidden.masked_fill(_by_unit(unused, a.shape[1]), 0.0)
-        update = without(update, unused)
-    return update, hidden
+    if routing.unused is not None:
+        hidden = hidden.masked_fill(_by_unit(routing.unused, a.shape[1]), 0.0)
+        update = without(update, routing.unused)
+    return _onto(onto, update), hidden
 
 
-def backward(grad: Tensor, hidden: Tensor, inputs: Inputs, needed: Needed) -> Gradients:
+def backward(
+    grad: Tensor, hidden: Tensor, inputs: Inputs, routing: Routing, needed: Needed, leave: Leave = Product.made
+) -> Gradients:
     """Gradients, given that of the update [N, T, D_out] and what `forward` kept.
 
-    With Gᵀ = Bᵀ dYᵀ and f the factor: dX = (f G) A, dA = f Gᵀ x, dBᵀ = f Sᵀ dY, dweight = s Σ G ⊙ S.
+    With Gᵀ = Bᵀ dYᵀ and f the factor: dX = (f G) A, dA = f Gᵀ x, dBᵀ = f Sᵀ dY, dweight = s Σ G ⊙ S. dX goes by way of
+    `leave`, which may keep it for somebody else to multiply out.
     """
     x, a, b, scale, index, weight, _ = inputs
-    rank = a.shape[1]
+    rank, unused = a.shape[1], routing.unused
     factor = _by_unit(factors(scale, index, weight, x.dtype), rank)
-    if one_for_all(a, index):
-        return _backward_of_one(grad, hidden, inputs, factor, needed)
-    unused = index < 0
-    none = not any_of(unused)
-    grad = grad if none else without(grad, unused)
+    if len(a) == 1 and routing.own is not None:
+        return _backward_of_one(grad, hidden, inputs, factor, needed, leave)
+    grad = grad if unused is None else without(grad, unused)
     inner = torch.bmm(gather_out(b, index).transpose(1, 2), grad.transpose(1, 2))
-    inner = inner if none else inner.masked_fill(_by_unit(unused, rank), 0.0)
+    inner = inner if unused is None else inner.masked_fill(_by_unit(unused, rank), 0.0)
     scaled = inner * factor
     grad_x = grad_a = grad_b = grad_weight = None
     if needed.x:
-        grad_x = torch.bmm(scaled.transpose(1, 2), gather_in(a, index))
-        grad_x = grad_x if none else without(grad_x, unused)
+        gradient = Product(scaled.transpose(1, 2), gather_in(a, index))
+        # what is masked afterwards cannot be left
+        grad_x = leave(gradient) if unused is None else without(gradient.made(), unused)
     if needed.a:
         each = torch.bmm(scaled, x).view(index.numel(), rank, x.shape[-1])
-        grad_a = to_adapters(each, index, a)
+        grad_a = to_adapters(each, index, a, full=unused is None)
     if needed.b:
         each = torch.bmm(hidden * factor, grad).view(index.numel(), rank, grad.shape[-1])
         # summed as [K, R, D_out], where each row's is one piece of memory
-        grad_b = to_adapters(each, index, b.new_empty(len(b), rank, b.shape[1])).transpose(1, 2)
+        like = b.new_empty(len(b), rank, b.shape[1])
+        grad_b = to_adapters(each, index, like, full=unused is None).transpose(1, 2)
     if needed.weight:
         grad_weight = weight_gradient(inner.transpose(1, 2), hidden.transpose(1, 2), scale, index)
     return Gradients(grad_x, grad_a, grad_b, grad_weight)
 
 
-def _backward_of_one(grad: Tensor, hidden: Tensor, inputs: Inputs, factor: Tensor, needed: Needed) -> Gradients:
+def _backward_of_one(
+    grad: Tensor, hidden: Tensor, inputs: Inputs, factor: Tensor, needed: Needed, leave: Leave
+) -> Gradients:
     """The same where every row uses the only adapter: products of matrices."""
     x, a, b, scale, *_ = inputs
     inner, hidden, factor = grad @ b[0], hidden.transpose(1, 2), factor.transpose(1, 2)
     scaled = inner * factor
     return Gradients(
-        x=scaled @ a[0] if needed.x else None,
+        x=leave(Product(scaled, a[0])) if needed.x else None,
         a=(scaled.flatten(0, 1).T @ x.flatten(0, 1))[None] if needed.a else None,
         b=((hidden * factor).flatten(0, 1).T @ grad.flatten(0, 1)).T[None] if needed.b else None,
         weight=(inner * hidden).sum((1, 2))[:, None] * scale if needed.weight else None,
     )
+
+
+def _onto(onto: Tensor | None, update: Tensor) -> Tensor:
+    return update if onto is None else onto.add_(update)
+
+
+def _weighted(scale: Tensor, own: Tensor, weight: Tensor) -> Tensor:
+    return scale.index_select(0, own) * weight[:, 0]
 
 
 def _by_unit(values: Tensor, rank: int) -> Tensor:

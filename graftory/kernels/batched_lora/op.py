@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,27 +12,37 @@ from torch.autograd.function import once_differentiable
 from graftory.kernels.backend import learns
 from graftory.kernels.batched_lora import gathered
 from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
+from graftory.kernels.inlet import Product, leave
 from graftory.kernels.routing import Routing
 
 MAX_RANK = 256
 """Of the kernels."""
 
 
-def run_forward(inputs: Inputs, routing: Routing, backend: str, *, keep: bool) -> tuple[Tensor, Tensor]:
-    """The update, and what the backward needs of it."""
+def run_forward(
+    inputs: Inputs, routing: Routing, backend: str, *, keep: bool, onto: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The update, or what it is added to in that one's memory; and what the backward needs of it."""
     if backend == "torch":
-        return gathered.forward(inputs)
+        return gathered.forward(inputs, routing, onto)
     from graftory.kernels.batched_lora import launch
 
-    return launch.forward(inputs, routing, keep=keep)
+    update, hidden = launch.forward(inputs, routing, keep=keep)
+    return update if onto is None else onto.add_(update), hidden
 
 
 def run_backward(
-    grad: Tensor, hidden: Tensor, inputs: Inputs, routing: Routing, backend: str, needed: Needed
+    grad: Tensor,
+    hidden: Tensor,
+    inputs: Inputs,
+    routing: Routing,
+    backend: str,
+    needed: Needed,
+    leave: gathered.Leave = Product.made,
 ) -> Gradients:
     """Gradients of x, a, b and weight."""
     if backend == "torch":
-        return gathered.backward(grad, hidden, inputs, needed)
+        return gathered.backward(grad, hidden, inputs, routing, needed, leave)
     from graftory.kernels.batched_lora import launch
 
     return launch.backward(grad, hidden, inputs, routing, needed)
@@ -41,10 +52,12 @@ class BatchedLora(torch.autograd.Function):
     """The operation in eager mode: no detour through the dispatcher, which costs as much as a small product."""
 
     @staticmethod
-    def forward(ctx: Any, routing: Routing, backend: str, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, routing: Routing, backend: str, onto: Tensor | None, *inputs: Any) -> Tensor:
         """See `batched_lora`; the inputs are those of `Inputs`."""
         keep = any(ctx.needs_input_grad)
-        update, hidden = run_forward(Inputs(*inputs), routing, backend, keep=keep)
+        # to autograd what comes of `onto` is a tensor of its own: what made that does not look at it again
+        memory = None if onto is None else onto.detach()
+        update, hidden = run_forward(Inputs(*inputs), routing, backend, keep=keep, onto=memory)
         if keep:
             ctx.save_for_backward(hidden, *inputs)
             ctx.routing, ctx.backend = routing, backend
@@ -55,9 +68,10 @@ class BatchedLora(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """See `gathered.backward`."""
         hidden, *inputs = ctx.saved_tensors
-        _, _, x, a, b, _, _, weight, _ = ctx.needs_input_grad
-        found = run_backward(grad, hidden, Inputs(*inputs), ctx.routing, ctx.backend, Needed(x, a, b, weight))
-        return None, None, found.x, found.a, found.b, None, None, found.weight, None
+        _, _, onto, x, a, b, _, _, weight, _ = ctx.needs_input_grad
+        needed, way = Needed(x, a, b, weight), partial(leave, inputs[0])
+        found = run_backward(grad, hidden, Inputs(*inputs), ctx.routing, ctx.backend, needed, way)
+        return None, None, grad if onto else None, found.x, found.a, found.b, None, None, found.weight, None
 
 
 _INPUTS = "Tensor x, Tensor a, Tensor b, Tensor scale, Tensor index, Tensor? weight, Tensor? ranks, str backend"
@@ -117,12 +131,12 @@ def _derive(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 _op.register_autograd(_derive, setup_context=_keep)
 
 
-def apply(inputs: Inputs, routing: Routing, backend: str) -> Tensor:
+def apply(inputs: Inputs, routing: Routing, backend: str, onto: Tensor | None = None) -> Tensor:
     """The operation, by the way that suits who calls it."""
     if torch.compiler.is_compiling():
         update: Tensor = _op(*inputs, backend)[0]
-        return update
-    if not learns(inputs):
-        return run_forward(inputs, routing, backend, keep=False)[0]
-    made: Tensor = BatchedLora.apply(routing, backend, *inputs)  # type: ignore[no-untyped-call]
+        return update if onto is None else onto + update
+    if not learns((onto, *inputs)):
+        return run_forward(inputs, routing, backend, keep=False, onto=onto)[0]
+    made: Tensor = BatchedLora.apply(routing, backend, onto, *inputs)  # type: ignore[no-untyped-call]
     return made

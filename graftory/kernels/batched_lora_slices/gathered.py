@@ -10,18 +10,21 @@ from torch import Tensor
 
 from graftory.kernels.batched_lora import gathered
 from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
+from graftory.kernels.routing import Routing
 
 
-def forward(inputs: Inputs, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, widths: Sequence[int], routing: Routing) -> tuple[Tensor, Tensor]:
     """The updates side by side, [N, T, Σ D_s], and Sᵀ = A xᵀ of each slice, [S, N, M R, T], for the backward."""
-    updates, hidden = zip(*(gathered.forward(each) for each in _slices(inputs, widths)), strict=True)
+    updates, hidden = zip(*(gathered.forward(each, routing) for each in _slices(inputs, widths)), strict=True)
     return torch.cat(updates, -1), torch.stack(hidden)
 
 
-def backward(grad: Tensor, hidden: Tensor, inputs: Inputs, widths: Sequence[int], needed: Needed) -> Gradients:
+def backward(
+    grad: Tensor, hidden: Tensor, inputs: Inputs, widths: Sequence[int], routing: Routing, needed: Needed
+) -> Gradients:
     """Gradients, given that of the updates and what `forward` kept; those of x and the weights are sums over slices."""
     parts = zip(grad.split(list(widths), -1), hidden, _slices(inputs, widths), strict=True)
-    found = [gathered.backward(*each, needed) for each in parts]
+    found = [gathered.backward(*each, routing, needed) for each in parts]
     return Gradients(
         x=_sum([each.x for each in found if each.x is not None]),
         a=torch.stack([each.a for each in found if each.a is not None]) if needed.a else None,

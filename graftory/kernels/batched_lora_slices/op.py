@@ -19,7 +19,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """The updates, and what the backward needs of them."""
     if backend == "torch":
-        return gathered.forward(inputs, widths)
+        return gathered.forward(inputs, widths, routing)
     from graftory.kernels.batched_lora_slices import launch
 
     return launch.forward(inputs, widths, routing, keep=keep)
@@ -30,7 +30,7 @@ def run_backward(
 ) -> Gradients:
     """Gradients of x, a, b and weight."""
     if backend == "torch":
-        return gathered.backward(grad, hidden, inputs, widths, needed)
+        return gathered.backward(grad, hidden, inputs, widths, routing, needed)
     from graftory.kernels.batched_lora_slices import launch
 
     return launch.backward(grad, hidden, inputs, widths, routing, needed)
