@@ -5,12 +5,13 @@
     python benchmarks/continual.py --list               # say what would run
     python benchmarks/continual.py --rows 40 --tests 20 --steps 6 --orders 1 --strategies seq,isolated --no-write
 
-Base: All-MiniLM-L6-v2, fp32; LoRA of rank 8 on all linears, one budget for all strategies, hyper-parameters that do not
-change with the order. Settings:
+Base: All-MiniLM-L6-v2, fp32; LoRA of rank 8 on all linears if not said otherwise, one budget for all strategies,
+hyper-parameters that do not change with the order. Settings:
 
 - `tasks` (task-incremental): TREC, Rotten Tomatoes, SMS spam, disaster tweets, banking77, 20 newsgroups and SNLI.
 - `valence` (domain-incremental): valence of tweets, of Amazon, film and New York Times texts, which all have the same
   labels; where a row is from is not told.
+- `small` (task-incremental): the tasks of `tasks`, LoRA on query and value alone, a third of a percent of the base.
 - `classes` (class-incremental): banking77 in seven tasks of eleven intents; only what needs no id at test can do it.
 
 Three orders of the tasks, the first as above, the others drawn; the strategies of `SEEDED` in three seeds too. Each run
@@ -35,10 +36,10 @@ from pathlib import Path
 
 import yaml
 from continual_report import CostedRun, write_report
+from intents import split_intents
 
 from graftory.continual import Limits, Report, TaskSequence, load_report, load_sequence, run_sequence
 from graftory.continual.strategies import Scenario, strategy_of
-from graftory.data import load_rows, load_task
 from graftory.hub import Hub
 from graftory.schema import encode
 
@@ -54,20 +55,21 @@ INTENTS = 11
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Tasks, and what is known of a row at test."""
+    """Tasks, what is known of a row at test, and where adapters sit."""
 
     scenario: Scenario
     tasks: tuple[str, ...]
+    targets: tuple[str, ...] = ("all",)
+    only: tuple[str, ...] = ()
+    """Strategies that are run here; none: all."""
 
 
+SEVEN = tuple(
+    f"wheel:{name}" for name in ("trec", "rotten-tomatoes", "sms", "disaster", "banking77", "20newsgroups", "snli")
+)
 SETTINGS: Mapping[str, Setting] = {
-    "tasks": Setting(
-        "task",
-        tuple(
-            f"wheel:{name}"
-            for name in ("trec", "rotten-tomatoes", "sms", "disaster", "banking77", "20newsgroups", "snli")
-        ),
-    ),
+    "tasks": Setting("task", SEVEN),
+    "small": Setting("task", SEVEN, ("qv",), ("seq", "isolated", "frozen", "single")),
     "valence": Setting("domain", tuple(f"wheel:valence-{name}" for name in ("tweets", "amazon", "movie", "nyt"))),
     "classes": Setting("class", tuple(f"intents-{number}.yaml" for number in range(7))),
 }
@@ -145,7 +147,8 @@ def jobs_of(options: argparse.Namespace) -> Iterator[Job]:
     budget = Budget(options.rows, options.tests, options.steps)
     for setting in options.setting or SETTINGS:
         for strategy in options.strategies.split(","):
-            if SETTINGS[setting].scenario not in strategy_of(strategy).needs.scenarios:
+            wanted = not SETTINGS[setting].only or strategy in SETTINGS[setting].only
+            if not wanted or SETTINGS[setting].scenario not in strategy_of(strategy).needs.scenarios:
                 continue
             for order in range(options.orders):
                 for seed in range(options.seeds if strategy in SEEDED else 1):
@@ -174,7 +177,8 @@ def sequence_of(root: Path, job: Job) -> TaskSequence:
     if job.order:
         random.Random(job.order).shuffle(tasks)
     if job.setting == "classes":
-        tasks = [str((split_intents(root) / task).resolve()) for task in tasks]
+        files = {Path(file).name: file for file in split_intents(root / "intents", INTENTS)}
+        tasks = [files[task] for task in tasks]
     # epochs are for joint alone, whose rows grow with the tasks: it gets as many steps a task as the others
     steps = (
         {"max_steps": job.budget.steps}
@@ -187,39 +191,11 @@ def sequence_of(root: Path, job: Job) -> TaskSequence:
         tasks=tuple(tasks),
         strategy=job.strategy,
         scenario=setting.scenario,
-        options={"rank": 8, "targets": ["all"]},
+        options={"rank": 8, "targets": list(setting.targets)},
         train={"batch_size": 8, "learning_rate": 2e-3, **steps},
         limits=Limits(train=job.budget.rows, test=job.budget.tests),
         seed=job.seed,
     )
-
-
-def split_intents(root: Path) -> Path:
-    """The intents of banking77, eleven a task, as task files."""
-    folder = root / "intents"
-    task = load_task("wheel:banking77")
-    rows = {split: load_rows(task, split) for split in ("train", "test")}
-    labels = rows["train"].labels
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(len(labels) // INTENTS):
-        own = labels[number * INTENTS : (number + 1) * INTENTS]
-        for split, part in rows.items():
-            lines = [
-                json.dumps({"text": text, "label": labels[int(target)]})
-                for text, target in zip(part.texts, part.targets, strict=True)
-                if labels[int(target)] in own
-            ]
-            (folder / f"intents-{number}-{split}.jsonl").write_text("\n".join(lines) + "\n")
-        described = {
-            "name": f"intents-{number}",
-            "kind": "classification",
-            "data": {split: f"intents-{number}-{split}.jsonl" for split in rows},
-            "text": "text",
-            "label": "label",
-            "max_length": task.max_length,
-        }
-        (folder / f"intents-{number}.yaml").write_text(yaml.safe_dump(described))
-    return folder
 
 
 def is_done(root: Path, job: Job) -> bool:

@@ -96,6 +96,20 @@ def test_greedy_tries_them_on_a_task(home: Path) -> None:
     assert Hub.open(home / "hub").record("greedy").spec.lineage.parameters["on_rows"] == 20
 
 
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_greedy_tries_the_merge_that_is_made_in_the_end(method: str, home: Path) -> None:
+    """Of methods that look at rows too: the score beside the last that was taken is that of the merge."""
+    name = f"greedy-{method}"
+    arguments = ["merge", *WORDS, "--method", method, "--select", "greedy", "--on", home / "high.yaml", "--on-rows", 20]
+    found = json.loads(run(home / "hub", *arguments, "--name", name, "--json").output)
+    hub, task = Hub.open(home / "hub"), load_task(str(home / "high.yaml"))
+    taken = [row for row in found["selection"]["choices"] if row["chosen"]]
+    loaded, rows = load_base(str(home / "base"), "classification"), load_rows(task, "train", limit=20, seed=0)
+    (metrics,) = evaluate(loaded, [Job("merged", hub.get(name), None, task, rows)])
+    assert len(taken) > 1
+    assert f"with it {metrics[0].value:.4f}" in taken[-1]["reason"]
+
+
 @pytest.mark.parametrize("config", [DoraConfig(rank=2), Ia3Config()], ids=lambda config: config.method)
 def test_greedy_has_the_base_for_adapters_whose_update_needs_it(config: AdapterConfig, home: Path) -> None:
     hub, loaded = Hub.open(home / "hub"), load_base(str(home / "base"), "classification")

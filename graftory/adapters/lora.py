@@ -64,7 +64,9 @@ class LoraSite(FusableSite[LoraConfig]):
 
     def _enter(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Where the gradients of the layer and of its updates meet."""
-        return None if self.route() is None else (inlet(args[0]), *args[1:])
+        if not torch.is_grad_enabled() or self.route() is None:
+            return None
+        return (inlet(args[0]), *args[1:])
 
     def _hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         route = self.route()

@@ -121,7 +121,11 @@ class Chooser:
         from graftory.compose.merge.loading import base_for
         from graftory.compose.select import greedy_soup
 
-        base = base_for(list(adapters.values()), self.merge_method)
+        parts, parameters = list(adapters.values()), self.merge_parameters
+        base, inputs = base_for(parts, self.merge_method), None
+        if parameters is not None and parameters.reads == "own tasks":
+            read = recorded_inputs(parts, None, self.seed, gradients=parameters.gradients)
+            inputs = dict(zip(adapters, read, strict=True))
         score = self._score(next(iter(adapters.values())))
         settings = SelectSettings(**given_settings(SelectSettings))
         with working(f"trying {len(adapters)} adapters"):
@@ -129,8 +133,9 @@ class Chooser:
                 adapters,
                 score,
                 method=self.merge_method,
-                parameters=self.merge_parameters,
+                parameters=parameters,
                 base=base,
+                inputs=inputs,
                 most=settings.most,
             )
 

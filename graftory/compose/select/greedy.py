@@ -45,6 +45,7 @@ def greedy_soup(
     method: str = "soup",
     parameters: MergeParameters | None = None,
     base: PreTrainedModel | None = None,
+    inputs: Mapping[str, Mapping[str, Tensor]] | None = None,
     most: int = 5,
 ) -> Selection:
     """Add adapters in the order of their own scores, and keep each that does not make the merge worse.
@@ -58,6 +59,7 @@ def greedy_soup(
         method: The merge method, with equal weights.
         parameters: Of that method.
         base: The base model, for adapters whose update depends on its weights, as in `merge`.
+        inputs: What each adapter reads, by its name, for methods that look at it.
         most: At most so many.
 
     Raises:
@@ -73,7 +75,10 @@ def greedy_soup(
         if len(taken) == most:
             reasons[name] = f"{alone[name]:.4f} alone; there are {most} already"
             continue
-        tried = score(merge([adapters[one] for one in (*taken, name)], method, parameters=parameters, base=base))
+        parts = (*taken, name)
+        read = [inputs[one] for one in parts] if inputs else ()
+        merged = merge([adapters[one] for one in parts], method, parameters=parameters, inputs=read, base=base)
+        tried = score(merged)
         better = tried >= best
         reasons[name] = f"{alone[name]:.4f} alone; with it {tried:.4f}, without {best:.4f}"
         if better:
