@@ -11,6 +11,8 @@ smollm2, llama: All linear layers of SmolLM2-135M and of Llama-3-8B, four LoRAs 
     of each method, and the most memory above the adapters themselves. `ties` has to make ΔW: for SmolLM2 only.
 export: the most memory of `hub export`, compared and not, as a share of the model's bytes; see export_memory.py. It
     reads the three models of the catalogue and is run only where it is named.
+mergekit: from adapters to one plain model, beside mergekit's command, whose path is given by --mergekit; see
+    merging_mergekit.py. Run only where it is named.
 accuracy: what merges of six MiniLM adapters keep of each task, ours and PEFT's; see merging_accuracy.py. It takes
     hours, goes on where it was cut off, and is run only where it is named; the table is results/merging.md, too.
     A quick look: --parts accuracy --seeds 0 --tasks trec,sms --train-rows 200 --test-rows 100 --no-write
@@ -38,6 +40,7 @@ from typing import Any
 
 import export_memory
 import merging_accuracy
+import merging_mergekit
 import peft
 import torch
 from merging_accuracy_report import markdown
@@ -52,7 +55,7 @@ from graftory.compose.merge.base import MergeParameters
 from graftory.versions import library_versions
 
 RESULTS = Path(__file__).parent / "results" / "merging.json"
-SLOW = {"accuracy", "export"}
+SLOW = {"accuracy", "export", "mergekit"}
 ADAPTERS, RANK, WIDTH = 4, 16, 4096
 WEIGHTS = (0.4, 0.3, 0.2, 0.1)
 MIXED = (4, 8, 16, 32)
@@ -237,6 +240,7 @@ PARTS: Mapping[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "smollm2": lambda options: whole_model("smollm2", named(options)),
     "llama": lambda options: whole_model("llama", named(options)),
     "export": lambda _: export_memory.measured(),
+    "mergekit": lambda options: merging_mergekit.measured(options.mergekit),
     "accuracy": merging_accuracy.accuracy,
 }
 
@@ -247,6 +251,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(name for name in PARTS if name not in SLOW), help="what to run")
     parser.add_argument("--methods", default="", help="of smollm2, llama and accuracy, only these")
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--mergekit", type=Path, help="path of the command mergekit-yaml")
     merging_accuracy.arguments(parser)
     options = parser.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
