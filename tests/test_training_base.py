@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 import transformers
 from tokenizers import normalizers
 
+from graftory import LoraConfig, attach
 from graftory.adapter import TaskKind
 from graftory.adapters.fingerprint import tokenizer_hash
+from graftory.compose.exports.stream import export_folder
 from graftory.errors import ConfigError, DownloadError
-from graftory.training import load_base
-from tests.training_samples import FAMILY_OF_KIND, save_base, tokenizer_of
+from graftory.training import TrainSettings, load_base, train
+from tests.training_samples import FAMILY_OF_KIND, save_base, tiny_rows, tiny_task, tokenizer_of
 
 
 @pytest.mark.parametrize(("kind", "family"), FAMILY_OF_KIND.items())
@@ -111,11 +114,60 @@ def test_a_base_of_the_hub_is_recorded_with_its_commit(tmp_path: Path, monkeypat
     folder, load = save_base("bert", tmp_path), transformers.AutoModelForSequenceClassification.from_pretrained
 
     def downloaded(source: str, **arguments: Any) -> Any:
-        model = load(source, **arguments)
+        model, found = load(source, **arguments)
         model.config._commit_hash = "c" * 40
-        return model
+        return model, found
 
     monkeypatch.setattr(transformers.AutoModelForSequenceClassification, "from_pretrained", downloaded)
     assert load_base(folder, "classification", revision="main").base.revision == "c" * 40
     monkeypatch.undo()
     assert load_base(folder, "classification").base.revision is None
+
+
+def classifier_of(labels: int, folder: Path) -> str:
+    """A tiny base that has been somebody's classifier."""
+    save_base("bert", folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.num_labels = labels
+    torch.manual_seed(1)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_a_base_may_have_been_a_classifier_of_any_number_of_labels(
+    kind: TaskKind, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = classifier_of(5, tmp_path / "five")
+    capfd.readouterr()
+    loaded = load_base(folder, kind)
+    assert capfd.readouterr() == ("", "")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    body = {name: weight for name, weight in loaded.model.state_dict().items() if not name.startswith("classifier")}
+    assert all(torch.equal(weight, theirs[name]) for name, weight in body.items())
+    assert loaded.model.state_dict()["classifier.weight"].shape[0] == 2
+    assert loaded.base.weights_hash == load_base(classifier_of(2, tmp_path / "two"), kind).base.weights_hash
+
+
+def test_other_weights_of_a_shape_that_the_configuration_denies_are_refused(tmp_path: Path) -> None:
+    folder = save_base("bert", tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] * 2}))
+    with pytest.raises(ConfigError, match=r"layer\.0\.intermediate\.dense\.bias has another shape than the conf"):
+        load_base(folder, "classification")
+
+
+def test_an_adapter_of_such_a_base_is_exported(tmp_path: Path) -> None:
+    loaded = load_base(classifier_of(5, tmp_path / "base"), "classification")
+    task, rows = tiny_task("classification"), tiny_rows("classification")
+    adapter = train(loaded, task, rows, LoraConfig(), TrainSettings(max_steps=2), name="a")
+    ids = torch.arange(4, 16)[None]
+    told = export_folder(loaded.base.id, adapter, tmp_path / "out", batches=[{"input_ids": ids}])
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    adapted = attach(loaded.model, {"a": adapter})
+    with torch.no_grad(), adapted.route("a"):
+        expected = adapted(input_ids=ids).logits
+        torch.testing.assert_close(plain.eval()(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    assert told.check is not None
+    assert expected.shape == (1, 3)

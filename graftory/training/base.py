@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 
 from graftory.adapter import BaseModel, TaskKind
 from graftory.adapters import base_of
+from graftory.adapters.architectures import head_paths
 from graftory.data import sample_model
 from graftory.data.catalogue import PREFIX
 from graftory.errors import ConfigError, DownloadError
@@ -35,7 +36,7 @@ AUTO_CLASSES: Mapping[TaskKind, Any] = {
 _IMAGES = frozenset(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES) - set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
 """Architectures that tell what an image shows, and read no text."""
 _HEAD_SEED = 0
-_HEADS: Mapping[str, Any] = {"num_labels": 2}
+_LABELS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +92,15 @@ def load_base(base: str, kind: TaskKind, *, revision: str | None = None) -> Load
         ConfigError: If it cannot do this kind of task.
     """
     source = source_of(base)
-    heads = _HEADS if kind in ("classification", "regression") else {}
+    # a base that was somebody's classifier has a head of another size, which is nobody's here
+    heads = {"num_labels": _LABELS, "ignore_mismatched_sizes": True} if kind in ("classification", "regression") else {}
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(_HEAD_SEED)
         try:
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-            model = AUTO_CLASSES[kind].from_pretrained(source, revision=revision, dtype=torch.float32, **heads)
+            model, found = AUTO_CLASSES[kind].from_pretrained(
+                source, revision=revision, dtype=torch.float32, output_loading_info=True, **heads
+            )
         except OSError as error:
             raise DownloadError(f"cannot load {base!r} ({_first(error)}); {_remedy(base)}") from error
         except ImportError as error:
@@ -106,6 +110,7 @@ def load_base(base: str, kind: TaskKind, *, revision: str | None = None) -> Load
             ) from error
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{base!r} cannot be a base for {kind} ({_first(error)}); {_remedy(base)}") from error
+    check_shapes(base, model, found)
     described = base_of(model, id=base, revision=_commit(model) or revision, tokenizer=tokenizer)
     _set_pad_token(model, tokenizer)
     return LoadedBase(model.eval(), tokenizer, described)
@@ -129,7 +134,7 @@ def outline_base(base: str, kind: TaskKind | None, *, revision: str | None = Non
             config: Any = transformers.AutoConfig.from_pretrained(source, revision=revision)
             images = kind == "classification" and config.model_type in _IMAGES
             if kind in ("classification", "regression") and not images:
-                config.num_labels = _HEADS["num_labels"]
+                config.num_labels = _LABELS
             tokenizer = _tokenizer(source, revision, needed=kind is not None and not images)
             with torch.device("meta"):
                 model = _class_of(config, None if images else kind, base)(config)
@@ -141,6 +146,26 @@ def outline_base(base: str, kind: TaskKind | None, *, revision: str | None = Non
     if tokenizer is not None:
         _set_pad_token(model, tokenizer)
     return OutlinedBase(model.eval(), tokenizer, described, source)
+
+
+def check_shapes(base: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """Refuse weights of another shape than the configuration says, as they are random then; a head's may be.
+
+    Args:
+        base: The base's name.
+        model: As it was loaded, mismatched sizes ignored.
+        found: What `from_pretrained` tells of loading.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    heads = head_paths(model)
+    wrong = sorted(key for key, *_ in found["mismatched_keys"] if key.split(".")[0] not in heads)
+    if wrong:
+        raise ConfigError(
+            f"{base!r}: {wrong[0]} has another shape than the configuration says ({len(wrong)} such weights); its "
+            "files are of two models: get it again, or give another base"
+        )
 
 
 def _class_of(config: Any, kind: TaskKind | None, base: str) -> Callable[[Any], PreTrainedModel]:

@@ -13,7 +13,7 @@ from graftory.adapter import BaseModel, TaskKind
 from graftory.adapters.fingerprint import backbone_names, hashes_of
 from graftory.compose.exports.files import Lying, lying_tensors, of_memory
 from graftory.errors import MergeError
-from graftory.training.base import AUTO_CLASSES, load_base, outline_base, quiet
+from graftory.training.base import AUTO_CLASSES, check_shapes, load_base, outline_base, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,9 +160,11 @@ def dequantized(
     """
     build: Any = type(model) if kind is None else AUTO_CLASSES[kind]
     heads = {} if kind not in ("classification", "regression") else {"num_labels": model.config.num_labels}
+    told = {"ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         with quiet():
-            loaded = build.from_pretrained(source, revision=revision, **heads)
+            loaded, found = build.from_pretrained(source, revision=revision, **heads, **told)
+            check_shapes(source, loaded, found)
             # some quantisers turn the weights back while they are loaded, and leave no quantiser behind
             if getattr(loaded, "hf_quantizer", None) is not None:
                 loaded = loaded.dequantize() or loaded

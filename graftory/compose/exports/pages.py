@@ -19,7 +19,7 @@ from torch import Tensor
 
 from graftory.compose.exports.files import Lying
 from graftory.errors import StorageError
-from graftory.training.base import quiet
+from graftory.training.base import check_shapes, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,9 +60,11 @@ class Pages:
         state = {**self.tensors(), **(fresh or {})}
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: PreTrainedModel = build.from_pretrained(
-                None, config=copy.deepcopy(config), state_dict=state, dtype=torch.float32
-            )
+            options: dict[str, Any] = {"dtype": torch.float32, "config": copy.deepcopy(config), "state_dict": state}
+            # a head of the base's own is nobody's here, whatever its size
+            loaded: Any = build.from_pretrained(None, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+            model: PreTrainedModel = loaded[0]
+            check_shapes(config.name_or_path, model, loaded[1])
         self.give_back()
 
         def used(*_: object) -> None:  # a function, as heads are copied with their hooks, and a method has its object
