@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Mapping
 from importlib import import_module
 from typing import IO, Any
@@ -113,4 +114,6 @@ def cli(context: click.Context, registry: str | None) -> None:
 
 def main() -> None:
     """Run the command line."""
+    # it would tell at every start on a CPU of a package that it could do with
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     cli(prog_name="hub")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from transformers.quantizers import quantizer_bnb_4bit
 
 from graftory import Adapter, Hub, attach
 from graftory.cli import cli
@@ -66,6 +66,7 @@ def each(loaded: LoadedBase, adalora: Adapter) -> dict[str, Adapter]:
 
 
 def test_all_learn_and_the_base_stays(loaded: LoadedBase, each: dict[str, Adapter], tmp_path: Path) -> None:
+    assert all(weight.requires_grad for weight in loaded.model.parameters())  # all of them have been trained on it
     before = {name: weight.clone() for name, weight in loaded.model.state_dict().items()}
     head_alone = train(loaded, TASK_OF, ROWS, LoraConfig(targets=("layer.0.attention.self.key",), rank=1),
                        TrainSettings(max_steps=1, learning_rate=1e-9), name="fresh")  # fmt: skip
@@ -128,12 +129,18 @@ def test_adalora_says_what_it_cannot_do(loaded: LoadedBase, tmp_path: Path) -> N
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed: the base would load")
-def test_a_quantised_base_without_its_library_is_an_error_in_one_line(tmp_path: Path) -> None:
+def test_a_quantised_base_without_its_library_is_an_error_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(save_base("bert", tmp_path))
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(config))
+
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("Using `bitsandbytes` requires bitsandbytes: `pip install -U bitsandbytes`")
+
+    monkeypatch.setattr(quantizer_bnb_4bit.Bnb4BitHfQuantizer, "validate_environment", missing)
     with pytest.raises(ConfigError, match=r"requires bitsandbytes.*or give the unquantised model"):
         load_base(str(folder), "classification")
 

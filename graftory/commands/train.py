@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from graftory.adapter import TASK_SOURCE, Adapter, Lineage, Parent, check_name
+from graftory.adapter import TASK_SOURCE, Adapter, Lineage, Parent, TaskKind, check_name
 from graftory.commands.options import (
     MethodCommand,
     checkpoints_option,
@@ -23,7 +23,7 @@ from graftory.commands.output import json_option, print_json, working
 from graftory.commands.show import print_metrics
 from graftory.commands.training.prompt_source import check, prompt_source
 from graftory.commands.training.search import Wanted, refuse_with_search, search_and_keep
-from graftory.config import CONFIGS, AdapterConfig
+from graftory.config import CONFIGS, AdapterConfig, LoraConfig
 from graftory.data import Rows, load_rows, load_task
 from graftory.errors import ConfigError
 from graftory.schema import Json
@@ -32,6 +32,7 @@ from graftory.settings import TrainSettings
 if TYPE_CHECKING:
     from graftory.data import TaskFile
     from graftory.hub import Hub, Record
+    from graftory.training import LoadedBase
 
 
 def methods() -> Mapping[str, type[AdapterConfig]]:
@@ -55,6 +56,12 @@ def methods() -> Mapping[str, type[AdapterConfig]]:
     default=100,
     show_default=True,
     help="--init-from nearest: steps from scratch that tell the task.",
+)
+@click.option(
+    "--loftq",
+    "original",
+    metavar="MODEL",
+    help="lora on a quantised base: start from what quantising this model has lost (LoftQ).",
 )
 @click.option(
     "--target",
@@ -95,6 +102,7 @@ def command(
     continued: str | None,
     init_from: str | None,
     probe_steps: int,
+    original: str | None,
     targets: tuple[str, ...],
     rows: int | None,
     seed: int,
@@ -118,6 +126,7 @@ def command(
       hub train task.yaml --base bert-base-uncased --method bottleneck --placement houlsby --name mine
       hub train wheel:trec --continue trec@1 --epochs 1
       hub train wheel:sms --base wheel:minilm --method prompt --init-from nearest
+      hub train task.yaml --base my-llama-4bit --loftq my-llama
     """
     from graftory.hub import Hub
     from graftory.training import Job, evaluate, load_base, train
@@ -126,8 +135,12 @@ def command(
     task = load_task(task_source)
     name = check_name(name or task.name)
     check(init_from, method, continued)
+    if original is not None and (method != "lora" or continued is not None):
+        raise ConfigError("--loftq is where a fresh lora starts; leave it out, or take --method lora and no --continue")
     if trials is not None:
-        refuse_with_search(**{"continue": continued, "init-from": init_from, "checkpoints": checkpoints})
+        refuse_with_search(
+            **{"continue": continued, "init-from": init_from, "loftq": original, "checkpoints": checkpoints}
+        )
         wanted = Wanted(trials, searched, search_dir, base, name, targets, rows, seed)
         search_and_keep(hub, task, task_source, wanted, method, methods(), as_json=as_json)
         return
@@ -139,21 +152,23 @@ def command(
     test_rows = rows_of_test(task)
     with working(f"loading {start.base}"):
         loaded = load_base(start.base, task.kind)
-    source = None
+    source, notes = None, dict[str, Json]()
+    if original is not None:
+        start = replace(start, adapter=loftq_start(loaded, original, start.config, task.kind))
+        notes = {"loftq": original}
     if init_from is not None:
         source = prompt_source(hub, init_from, loaded, task, training_rows, start.config, settings, probe_steps, name)
-        start = replace(start, adapter=source.init, record=source.record)
+        start, notes = replace(start, adapter=source.init, record=source.record), source.notes()
     adapter = train(
         loaded, task, training_rows, start.config, settings, name=name, output_dir=checkpoints, init=start.adapter
     )
-    adapter = with_lineage(adapter, task_source, start.record, source.notes() if source else {})
+    adapter = with_lineage(adapter, task_source, start.record, notes)
     if test_rows is not None:
         with working(f"measuring on {len(test_rows)} test rows"):
             (metrics,) = evaluate(loaded, [Job(name, adapter, None, task, test_rows)])
         adapter = replace(adapter, spec=replace(adapter.spec, metrics=metrics))
     ref = hub.put(name, adapter)
     if as_json:
-        notes = source.notes() if source else {}
         print_json({"ref": str(ref), "digest": hub.record(ref).digest, "metrics": adapter.spec.metrics, **notes})
         return
     click.echo(f"trained {ref} on {len(training_rows)} rows{f' from {source.record.ref}' if source else ''}")
@@ -189,6 +204,16 @@ def starting_point(
         raise ConfigError(f"--continue {continued} keeps that adapter's method, targets and options; leave them out")
     record, adapter = hub.record(continued), hub.get(continued)
     return Start(base or record.spec.base.id, adapter.spec.config, adapter, record)
+
+
+def loftq_start(loaded: LoadedBase, original: str, config: AdapterConfig, kind: TaskKind) -> Adapter:
+    """The adapter that makes up for what quantising a model has lost, as well as its rank can."""
+    from graftory.training import load_base
+    from graftory.training.quantised import loftq
+
+    assert isinstance(config, LoraConfig)
+    with working(f"comparing with {original}"):
+        return loftq(loaded, load_base(original, kind).model, config)
 
 
 def rows_of_test(task: TaskFile) -> Rows | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,7 @@ def load_base(base: str, kind: TaskKind, *, revision: str | None = None) -> Load
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{base!r} cannot be a base for {kind} ({_first(error)}); {_remedy(base)}") from error
     check_shapes(base, model, found)
+    _stay_as_loaded(model)
     described = base_of(model, id=base, revision=_commit(model) or revision, tokenizer=tokenizer)
     _set_pad_token(model, tokenizer)
     return LoadedBase(model.eval(), tokenizer, described)
@@ -146,6 +147,16 @@ def outline_base(base: str, kind: TaskKind | None, *, revision: str | None = Non
     if tokenizer is not None:
         _set_pad_token(model, tokenizer)
     return OutlinedBase(model.eval(), tokenizer, described, source)
+
+
+def _stay_as_loaded(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew, for bfloat16, when a model is first asked on some CPUs: no
+    gradient passes what is packed, and unpacking it gives other weights than those that were loaded.
+    """
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_shapes(base: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:

@@ -35,6 +35,10 @@ _HOOKS = (
 )
 
 
+_WHOLE = frozenset({"adalora", "lokr", "loha", "hra"})
+"""Methods whose layers read or write what a quantised base does not have: weights or outputs as they were."""
+
+
 def build(model: PreTrainedModel, config: PeftConfig, name: str, seed: int = 0) -> Any:
     """A `PeftModel` of a skeleton, with a fresh adapter in it.
 
@@ -55,9 +59,16 @@ def build(model: PreTrainedModel, config: PeftConfig, name: str, seed: int = 0) 
     for path in config.targets:
         _, module = module_at(model, path)
         _place(skeleton, path, bare(module))
+    if config.method in _WHOLE and any(not weight.is_floating_point() for weight in skeleton.parameters()):
+        raise ConfigError(
+            f"{config.method} needs the base's own weights, and these are quantised; load the base unquantised, or "
+            "train lora on it"
+        )
     values = {**config.peft_values(), "target_modules": list(config.targets)}
     if config.transposes:
         values["fan_in_fan_out"] = any(isinstance(part, Conv1D) for part in skeleton.modules())
+    # PEFT freezes what it finds, and these are the model's own weights
+    learning = [(weight, weight.requires_grad) for weight in skeleton.parameters()]
     # PEFT warns of what it does by itself here, such as the module's own number of blocks
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
@@ -71,6 +82,9 @@ def build(model: PreTrainedModel, config: PeftConfig, name: str, seed: int = 0) 
                 f"PEFT cannot do {config.method} so on {type(model).__name__} ({said:.240}); change its options, or "
                 "give other targets"
             ) from error
+        finally:
+            for weight, learns in learning:
+                weight.requires_grad_(learns)
 
 
 def load(theirs: Any, name: str, tensors: Mapping[str, Tensor], shared: tuple[str, ...]) -> None:
