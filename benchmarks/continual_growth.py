@@ -162,7 +162,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         if key != "ACC":
-            axes.set_yscale("log")
+            axes.set_ylim(bottom=0)
     figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 

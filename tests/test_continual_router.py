@@ -279,7 +279,7 @@ def routed_cells(folder: Path, adapters: list[Adapter]) -> Mapping[str, float | 
         router = Router.on(settings(quantile=1, answer=way), 0).add("a", noise + 40).add("b", noise)
         tests = [TestSet(replace(task, name=name), rows) for name in ("a", "b")]
         answers = {name: Answer(adapter, adapter) for name, adapter in zip(("a", "b"), adapters, strict=True)}
-        cell = routed_cell(loaded, 2, 0, tests, answers, router, far, 8)
+        cell = routed_cell(loaded, 2, 0, tests, answers, router, router.route(far), 8)
         assert cell.routes == {"b": len(rows)}
         found[way] = cell.value
     return found

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from graftory.adapter import Metric
-from graftory.continual.router import ABSTAIN, Router
+from graftory.continual.router import ABSTAIN, Choice, Router
 from graftory.continual.state import Cell
 from graftory.continual.strategies import Answer
-from graftory.continual.unchanged import mark, routed_mark, unchanged
 from graftory.data import TEXT_KINDS, Rows, TaskFile
 from graftory.training import Job, LoadedBase, evaluate
 from graftory.training.metrics import measure
@@ -62,12 +61,8 @@ def oracle_cells(
     jobs = [_job(f"oracle {position}", test.task, test.rows, answer) for position, (test, answer) in headed.items()]
     results = evaluate(loaded, jobs, batch_size=batch_size) if jobs else ()
     cells = [
-        Cell(
-            *(step, position, "oracle", metrics[0].name, metrics[0].value, metrics[0].n),
-            loss=_loss(job.task, metrics),
-            mark=mark(answer) if len(tests) == 1 else "",
-        )
-        for (position, (_, answer)), job, metrics in zip(headed.items(), jobs, results, strict=True)
+        Cell(step, position, "oracle", metrics[0].name, metrics[0].value, metrics[0].n, loss=_loss(job.task, metrics))
+        for position, job, metrics in zip(headed, jobs, results, strict=True)
     ]
     read = ((position, *pair) for position, pair in tests.items() if position not in headed)
     return [*cells, *(_read_cell(loaded, step, *each, batch_size) for each in read)]
@@ -80,6 +75,11 @@ def _read_cell(loaded: LoadedBase, step: int, position: int, test: TestSet, answ
     return Cell(step, position, "oracle", metric, measure(metric, test.rows.targets, outputs), len(test.rows))
 
 
+def routes_of(router: Router, choice: Choice) -> list[str]:
+    """Where each row goes: a task, or `abstained`."""
+    return [ABSTAINED if i == ABSTAIN else router.names[i] for i in choice.task.tolist()]
+
+
 def routed_cell(
     loaded: LoadedBase,
     step: int,
@@ -87,9 +87,8 @@ def routed_cell(
     tests: Sequence[TestSet],
     answers: Mapping[str, Answer],
     router: Router,
-    features: Tensor,
+    choice: Choice,
     batch_size: int,
-    before: Cell | None = None,
 ) -> Cell:
     """Measure one task with the router's choice for each row, in mixed batches.
 
@@ -104,12 +103,10 @@ def routed_cell(
         tests: All tests, in the order of the sequence.
         answers: The answer of every task that the router knows.
         router: The router.
-        features: Features of the test's rows; the base is frozen, so they are taken once a run.
+        choice: What it says of the test's rows.
         batch_size: Rows at a time.
-        before: The cell of the step before, which is taken if every row goes where it went then, to the same answer.
     """
-    test, choice = tests[position], router.route(features)
-    chosen = [ABSTAINED if i == ABSTAIN else router.names[i] for i in choice.task.tolist()]
+    test, chosen = tests[position], routes_of(router, choice)
     routes = dict(sorted(Counter(chosen).items()))
     if test.task.metric not in ROW_MEANS:
         return Cell(step, position, "routed", test.task.metric, None, len(test.rows), routes)
@@ -121,18 +118,15 @@ def routed_cell(
         weights = choice.scores[rows][:, alike].softmax(1)
         right = mixture_right(loaded, test, rows, tuple(among.values()), weights, batch_size)
         return Cell(step, position, "routed", test.task.metric, right / len(test.rows), len(test.rows), routes)
-    ways = {**answers, ABSTAINED: Answer(None, None)}
-    own = routed_mark(chosen, {route: mark(ways[route]) for route in routes})
-    if (same := unchanged(before, own, step)) is not None:
-        return same
     jobs = []
     for route in routes:
+        answer = Answer(None, None) if route == ABSTAINED else answers[route]
         can = not _has_head(test) if route == ABSTAINED else _same_question(test, others[route])
         if can:
-            jobs.append(_job(route, test.task, _subset(test.rows, [name == route for name in chosen]), ways[route]))
+            jobs.append(_job(route, test.task, _subset(test.rows, [name == route for name in chosen]), answer))
     results = evaluate(loaded, jobs, batch_size=batch_size) if jobs else ()
     share = sum(metrics[0].value * len(job.rows) for job, metrics in zip(jobs, results, strict=True))
-    return Cell(step, position, "routed", test.task.metric, share / len(test.rows), len(test.rows), routes, mark=own)
+    return Cell(step, position, "routed", test.task.metric, share / len(test.rows), len(test.rows), routes)
 
 
 def mixture_right(

@@ -4,18 +4,19 @@ measured again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
-from graftory.continual.evaluation import TestSet, oracle_cell, oracle_cells, routed_cell
+from graftory.continual.evaluation import ABSTAINED, TestSet, oracle_cell, oracle_cells, routed_cell, routes_of
 from graftory.continual.probe import Probe
 from graftory.continual.router import Router
 from graftory.continual.router_fit import router_features
 from graftory.continual.state import Cell, RunFolder
 from graftory.continual.strategies import Answer, Context, Strategy
-from graftory.continual.unchanged import mark, unchanged
+from graftory.continual.unchanged import mark, routed_mark, unchanged
 from graftory.training import LoadedBase
 
 
@@ -46,27 +47,32 @@ class Measuring:
         Returns:
             The cell of the task just learnt.
         """
-        answers = self.fill(number, context)
-        for j in range(seen or number):
-            if router is not None and self.folder.cell(number, j, "routed") is None:
-                answered = dict(zip(context.tasks, answers, strict=True))
-                features, before = self._features(j, router), self.folder.cell(number - 1, j, "routed")
-                args = (self.loaded, number, j, self.tests, answered, router, features, self.batch_size)
-                self.folder.put_cell(routed_cell(*args, before))
+        answers, marks = self.fill(number, context)
+        if router is not None:
+            self._route(number, dict(zip(context.tasks, answers, strict=True)), marks, router, seen or number)
         self._probe(number, context, answers, router)
         own = self.folder.cell(number, number - 1, "oracle")
         assert own is not None
         return own
 
-    def fill(self, number: int, context: Context) -> tuple[Answer, ...]:
-        """Measure what is missing of a row with the id given; returns what answers each task."""
+    def fill(self, number: int, context: Context) -> tuple[tuple[Answer, ...], tuple[str, ...]]:
+        """Measure what is missing of a row with the id given; returns what answers each task, and its mark."""
         answers = tuple(self.strategy.answer(context, name) for name in context.tasks)
+        marks = tuple(map(mark, answers))
         if self.mixed:
             self._together(number, [j for j, name in enumerate(context.tasks) if context.step_of(name)], answers)
         for j, answer in enumerate(answers):
             if self.folder.cell(number, j, "oracle") is None:
-                self.folder.put_cell(self._oracle(number, j, answer))
-        return answers
+                self.alone(number, j, answer, marks[j])
+        return answers, marks
+
+    def alone(self, number: int, position: int, answer: Answer, own: str) -> None:
+        """Measure a task with its id given, or take it as it was at the step before if it has the same mark."""
+        cell = unchanged(self.folder.cell(number - 1, position, "oracle"), own, number)
+        if cell is None:
+            made = oracle_cell(self.loaded, number, position, self.tests[position], answer, self.batch_size)
+            cell = replace(made, mark=own)
+        self.folder.put_cell(cell)
 
     def baseline(self) -> None:
         """Let the bare base read the general text."""
@@ -92,10 +98,24 @@ class Measuring:
         before = next((point for point in points if point is not None), None)
         self.folder.put_probed(self.probe.after(number, bodies, router, before))
 
-    def _oracle(self, number: int, position: int, answer: Answer) -> Cell:
-        """A task measured with its id given, or as it was at the step before if nothing changed since."""
-        same = unchanged(self.folder.cell(number - 1, position, "oracle"), mark(answer), number)
-        return same or oracle_cell(self.loaded, number, position, self.tests[position], answer, self.batch_size)
+    def _route(
+        self, number: int, answers: Mapping[str, Answer], marks: Sequence[str], router: Router, seen: int
+    ) -> None:
+        """Measure what is missing of a row by the router, which is asked once for the rows of all tests."""
+        missing = [j for j in range(seen) if self.folder.cell(number, j, "routed") is None]
+        if not missing:
+            return
+        choices = router.route(torch.cat([self._features(j, router) for j in range(seen)]))
+        parts = choices.split([len(self.tests[j].rows) for j in range(seen)])
+        known = {**dict(zip(answers, marks, strict=True)), ABSTAINED: mark(Answer(None, None))}
+        for j in missing:
+            # a mixture weighs by scores, which each new task changes
+            own = "" if router.settings.answer == "mixture" else routed_mark(routes_of(router, parts[j]), known)
+            cell = unchanged(self.folder.cell(number - 1, j, "routed"), own, number)
+            if cell is None:
+                made = routed_cell(self.loaded, number, j, self.tests, answers, router, parts[j], self.batch_size)
+                cell = replace(made, mark=own)
+            self.folder.put_cell(cell)
 
     def _features(self, position: int, router: Router) -> Tensor:
         if position not in self.features:

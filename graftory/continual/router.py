@@ -77,6 +77,11 @@ class Choice:
     distance: Tensor
     """Squared Mahalanobis distance to the nearest centroid of the best task, [N]."""
 
+    def split(self, sizes: Sequence[int]) -> list[Choice]:
+        """The same of so many rows each."""
+        parts = zip(self.task.split(sizes), self.scores.split(sizes), self.distance.split(sizes), strict=True)
+        return [Choice(*part) for part in parts]
+
     @property
     def posterior(self) -> Tensor:
         """How probable each task is if it is one of them, all equally frequent, [N, T]."""

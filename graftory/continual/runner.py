@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from graftory.adapter import TASK_SOURCE, Adapter, Lineage, Metric, check_name
 from graftory.continual.capability import check_capability, check_kinds, check_labels
-from graftory.continual.evaluation import TestSet, oracle_cell
+from graftory.continual.evaluation import TestSet
 from graftory.continual.freeze import must_stay
 from graftory.continual.gate import ALIAS, Verdict, judge, scores_of, ways_of
 from graftory.continual.ledger import stored_bytes
@@ -28,6 +28,7 @@ from graftory.continual.router_fit import fit_router, fresh_router
 from graftory.continual.sequence import TaskSequence
 from graftory.continual.state import Cell, Commit, Event, Phase, RunFolder
 from graftory.continual.strategies import NOTHING, Context, Finished, Kept, Lesson, Plan, Step, Strategy, strategy_of
+from graftory.continual.unchanged import mark
 from graftory.data import TEXT_KINDS, Rows, TaskFile, load_rows, load_task
 from graftory.errors import ConfigError
 from graftory.hub import Hub
@@ -192,7 +193,7 @@ class _Run:
         for j in missing:
             self._begin(0, _slug(self.tests[j].task), "eval")
             answer = self.strategy.answer(context, _slug(self.tests[j].task))
-            self.folder.put_cell(oracle_cell(self.loaded, 0, j, self.tests[j], answer, self.sequence.eval_batch_size))
+            self.measuring.alone(0, j, answer, mark(answer))
         self.measuring.baseline()
 
     def _step(self, position: int, state: _State) -> _State:
