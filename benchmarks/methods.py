@@ -75,7 +75,7 @@ ENTRIES = (
     Entry(FULL, 3e-4),
     *(Entry("lora"), Entry("lora_bias"), Entry("dora"), Entry("ia3", 2e-2), Entry("bitfit", 5e-3)),
     *(Entry("ln_tuning", 1e-2), Entry("bottleneck"), Entry("compacter", 5e-3), Entry("krona", 5e-3)),
-    *(Entry("prefix", 1e-2), Entry("apt"), Entry("prompt", 5e-2), Entry("unipelt")),
+    *(Entry("prefix", 1e-2), Entry("apt"), Entry("prompt", 5e-2), Entry("p_tuning", 5e-3), Entry("unipelt")),
     *(Entry("dylora", 5e-3), Entry("sora", options={"rank": 16, "sparsity": 2.0}), Entry("adalora", 5e-3)),
     *(Entry("adapterdrop"), Entry("sparse", options={"size": 192, "pruned": 0.75}), Entry("adamix")),
     *(Entry("lokr", 5e-3), Entry("loha", 5e-3), Entry("vera", 1e-2), Entry("vblora", 1e-2)),

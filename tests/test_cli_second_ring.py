@@ -23,6 +23,7 @@ METHODS = {
     "adapterdrop": ("--size", "4", "--most", "1"),
     "sparse": ("--size", "12", "--pruned", "0.75"),
     "adamix": ("--size", "4", "--experts", "3"),
+    "p_tuning": ("--length", "3", "--encoder", "lstm", "--hidden", "5"),
     "diff": ("--keep", "0.02", "--no-grouped"),
     "spt": ("--rank", "1", "--budget", "0.05", "--sensitivity-rows", "8"),
 }
@@ -35,6 +36,7 @@ STORED = {
     "apt": "apt",
     "dylora": "lora",
     "sora": "lora",
+    "p_tuning": "prompt",
     "diff": "sparse_update",
     "spt": "sparse_update",
 }
@@ -69,7 +71,12 @@ def test_each_is_kept_as_what_it_is(trained: Path) -> None:
 
 def test_they_are_measured_in_one_mixed_batch(trained: Path) -> None:
     hub = Hub.open(trained)
-    for row in as_json(call(trained, "eval", *METHODS, "--json")):
+    # a batch with soft prompts has no rows of coda
+    together = [name for name in METHODS if name != "coda"]
+    for row in (
+        *as_json(call(trained, "eval", *together, "--json")),
+        *as_json(call(trained, "eval", "coda", "--json")),
+    ):
         recorded = {metric.name: metric.value for metric in hub.record(row["ref"]).spec.metrics}
         assert row["metric"]["value"] == pytest.approx(recorded[row["metric"]["name"]], abs=1e-5)
 

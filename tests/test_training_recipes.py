@@ -1,15 +1,20 @@
-"""Ways to train a LoRA or a bottleneck: DyLoRA, SoRA, AdapterDrop, SparseAdapter, AdaMix, each against its formula."""
+"""Ways to train a LoRA, a bottleneck or a prompt: DyLoRA, SoRA, AdapterDrop, SparseAdapter, AdaMix, P-tuning, each
+against its formula.
+"""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.tuners.p_tuning import PromptEncoder
 from torch import Tensor
 
 from graftory import Adapter, AdapterConfig, BottleneckConfig, Hub, LoraConfig, attach, new_adapter
@@ -20,6 +25,7 @@ from graftory.config import (
     AdapterdropConfig,
     DiffConfig,
     DyloraConfig,
+    PTuningConfig,
     SoraConfig,
     SparseConfig,
     SparseUpdateConfig,
@@ -34,6 +40,7 @@ from graftory.training.recipes import RECIPES, Scene, recipe_of
 from graftory.training.recipes.adamix import disagreement
 from graftory.training.recipes.adapterdrop import layer_of, without_first
 from graftory.training.recipes.dylora import first_ranks
+from graftory.training.recipes.p_tuning import Encoder
 from graftory.training.recipes.sora import pruned, shrink_
 from graftory.training.recipes.sparse import kept_weights, scores
 from graftory.training.trainer import Hooks
@@ -49,6 +56,8 @@ WAYS: dict[str, AdapterConfig] = {
     "adapterdrop": AdapterdropConfig(size=4, most=1),
     "sparse": SparseConfig(size=12, pruned=0.75),
     "adamix": AdamixConfig(size=4, experts=3),
+    "p_tuning": PTuningConfig(length=3),
+    "p_tuning lstm": PTuningConfig(length=3, encoder="lstm", hidden=6),
     "diff": DiffConfig(keep=0.02),
     "spt": SptConfig(rank=1, budget=0.05, sensitivity_rows=8),
 }
@@ -88,7 +97,7 @@ def test_every_way_has_a_recipe() -> None:
     ways = set(map(type, WAYS.values()))
     assert ways <= set(RECIPES)
     for config in WAYS.values():
-        assert config.stored_as in ("lora", "bottleneck", "sparse_update")
+        assert config.stored_as in ("lora", "bottleneck", "sparse_update", "prompt")
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -110,7 +119,7 @@ def test_what_is_kept_is_a_plain_adapter(
     assert any(
         value.abs().max() > 1e-3
         for key, value in adapter.tensors.items()
-        if key.endswith(("lora_B.weight", "up.weight", "sparse_value"))
+        if key.endswith(("lora_B.weight", "up.weight", "sparse_value", "smop_prompts"))
     )
 
 
@@ -360,3 +369,40 @@ def test_a_sparse_update_is_the_base_plus_its_entries(
     assert config.sparse
     assert config.low_rank is not None
     assert not set(config.low_rank.targets) & {place.path for place in config.sparse}
+
+
+# --- P-tuning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mlp", "lstm"])
+def test_p_tuning_s_encoder_is_peft_s(kind: str, scene: Any) -> None:
+    """With the same weights, what stands in for the prompt in a step is what PEFT's encoder makes."""
+    made = scene(PTuningConfig(length=3, encoder=kind, hidden=6))  # type: ignore[arg-type]
+    recipe, live = recipe_of(made), made.model.weights("it")
+    assert isinstance(recipe.extra, Encoder)
+    assert recipe.stand_ins is not None
+    (key,) = live
+    config = peft.PromptEncoderConfig(
+        num_virtual_tokens=3, token_dim=live[key].shape[-1], num_transformer_submodules=1, encoder_hidden_size=6,
+        encoder_reparameterization_type=kind.upper(), encoder_dropout=0.0,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, that an MLP has no dropout and a fixed depth
+        theirs: Any = PromptEncoder(config)  # type: ignore[no-untyped-call]
+    theirs.embedding.weight.data.copy_(live[key][0])
+    theirs.mlp_head.load_state_dict(recipe.extra.each.state_dict())
+    if recipe.extra.along is not None:
+        theirs.lstm_head.load_state_dict(recipe.extra.along.state_dict())
+    torch.testing.assert_close(recipe.stand_ins(live)[key], theirs(torch.arange(3)[None]), atol=1e-6, rtol=1e-6)
+
+
+def test_p_tuning_keeps_the_prompt_that_the_last_step_had(scene: Any) -> None:
+    made = scene(PTuningConfig(length=3))
+    recipe, live = recipe_of(made), made.model.weights("it")
+    assert recipe.stand_ins is not None
+    kept = recipe.finish(made.model.extract("it"))
+    (key,) = live
+    assert kept.spec.method == "prompt"
+    assert torch.equal(kept.tensors[key], recipe.stand_ins(live)[key].detach())
+    assert not torch.equal(kept.tensors[key], live[key])
+    assert kept.head_tensors()

@@ -1,4 +1,5 @@
-"""Methods that are ways to train a LoRA or a bottleneck: what comes of them is stored, mixed and merged as such.
+"""Methods that are ways to train a LoRA, a bottleneck or a prompt: what comes of them is stored and used as
+such.
 
 While they learn they are what they become, so each is that method's row with its own configuration; what differs in the
 training is in `graftory/training/recipes/`, one file each.
@@ -14,7 +15,15 @@ from transformers import PreTrainedModel
 
 from graftory.adapters.bottleneck import BOTTLENECK, DOWN, UP
 from graftory.adapters.lora import LORA
-from graftory.config import AdamixConfig, AdapterdropConfig, DyloraConfig, SoraConfig, SparseConfig
+from graftory.adapters.prompt import PROMPT
+from graftory.config import (
+    AdamixConfig,
+    AdapterdropConfig,
+    DyloraConfig,
+    PTuningConfig,
+    SoraConfig,
+    SparseConfig,
+)
 
 
 def _spread(model: PreTrainedModel, path: str, config: SparseConfig, generator: torch.Generator) -> dict[str, Tensor]:
@@ -46,4 +55,7 @@ SPARSE = replace(
 ADAMIX = replace(
     BOTTLENECK, name="adamix", title="AdaMix", paper="Wang et al. 2022, arXiv:2205.12410", config=AdamixConfig
 )
-WAYS = (DYLORA, SORA, ADAPTERDROP, SPARSE, ADAMIX)
+P_TUNING = replace(
+    PROMPT, name="p_tuning", title="P-tuning", paper="Liu et al. 2021, arXiv:2103.10385", config=PTuningConfig
+)
+WAYS = (DYLORA, SORA, ADAPTERDROP, SPARSE, ADAMIX, P_TUNING)

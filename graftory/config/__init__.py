@@ -21,7 +21,16 @@ from graftory.config.bottleneck import (
     PropetlConfig,
     SparseConfig,
 )
-from graftory.config.composed import ComposedConfig, FusionConfig, FusionPlace, PromptConfig, Shape, SmopConfig, Track
+from graftory.config.composed import (
+    ComposedConfig,
+    FusionConfig,
+    FusionPlace,
+    PromptConfig,
+    PTuningConfig,
+    Shape,
+    SmopConfig,
+    Track,
+)
 from graftory.config.conditional import Attends, CodaConfig
 from graftory.config.hyperformer import HyperformerConfig, HyperPlace, HyperTask
 from graftory.config.low_rank import (
@@ -69,6 +78,7 @@ __all__ = [
     "LoraConfig",
     "LowRankConfig",
     "NormedBottleneckConfig",
+    "PTuningConfig",
     "PhaConfig",
     "Placement",
     "PrefixConfig",
@@ -118,6 +128,7 @@ CONFIGS: Mapping[str, type[AdapterConfig]] = {
         FusionConfig,
         SmopConfig,
         PromptConfig,
+        PTuningConfig,
         HyperformerConfig,
         PhaConfig,
     )

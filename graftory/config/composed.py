@@ -165,3 +165,20 @@ class PromptConfig(ComposedConfig):
     def tensor_shapes(self) -> Mapping[str, Shape]:
         """See `ComposedConfig`."""
         return {f"{path}.{part}": shape for path in self.targets for part, shape in self.shapes().items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PTuningConfig(PromptConfig):
+    """P-tuning (Liu et al. 2021, arXiv:2103.10385): a prompt that an encoder makes while it learns."""
+
+    method: ClassVar[str] = "p_tuning"
+    stored_as: ClassVar[str] = "prompt"
+
+    start: Literal["vocabulary", "normal"] = option("what the encoder reads at first: tokens, or noise", "normal")
+    encoder: Literal["mlp", "lstm"] = option("mlp: three layers; lstm: both ways, with two layers behind it", "mlp")
+    hidden: int = option("width of the encoder's hidden layers; 0: of the base's embeddings", 0)
+
+    def __post_init__(self) -> None:
+        PromptConfig.__post_init__(self)
+        if self.hidden < 0:
+            raise ConfigError(f"hidden: got {self.hidden}, wanted 0 or more")

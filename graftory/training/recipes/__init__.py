@@ -1,4 +1,6 @@
-"""Ways to train a LoRA, a bottleneck or a sparse update, one file each; `graftory/adapters/ways.py` has their rows."""
+"""Ways to train a LoRA, a bottleneck, a prompt or a sparse update, one file each; their rows are in
+`graftory/adapters/ways.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from graftory.config import (
     DiffConfig,
     DyloraConfig,
     PropetlConfig,
+    PTuningConfig,
     SoraConfig,
     SparseConfig,
     SptConfig,
@@ -22,6 +25,7 @@ from graftory.training.recipes.adapterdrop import adapterdrop
 from graftory.training.recipes.base import Recipe, Scene
 from graftory.training.recipes.diff import diff
 from graftory.training.recipes.dylora import dylora
+from graftory.training.recipes.p_tuning import p_tuning
 from graftory.training.recipes.propetl import propetl
 from graftory.training.recipes.sora import sora
 from graftory.training.recipes.sparse import sparse
@@ -37,6 +41,7 @@ RECIPES: Mapping[type[AdapterConfig], Callable[[Scene], Recipe]] = {
     AdamixConfig: adamix,
     AdaloraConfig: adalora,
     PropetlConfig: propetl,
+    PTuningConfig: p_tuning,
     DiffConfig: diff,
     SptConfig: spt,
 }
