@@ -18,6 +18,7 @@ class TrainSettings:
 
     epochs: float = option("passes over the training rows", 3.0)
     learning_rate: float = option("highest learning rate", 2e-3)
+    head_learning_rate: float | None = option("highest learning rate of heads; by default that of all else", None)
     batch_size: int = option("rows a batch", 16)
     accumulation: int = option("batches a step", 1)
     max_steps: int | None = option("stop after so many steps, whatever the epochs", None)
@@ -34,6 +35,8 @@ class TrainSettings:
         for name in ("epochs", "learning_rate", "batch_size", "accumulation", "save_steps", "gradient_clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, wanted more than 0")
+        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
+            raise ConfigError(f"head_learning_rate: got {self.head_learning_rate}, wanted more than 0")
         if self.max_steps is not None and self.max_steps < 1:
             raise ConfigError(f"max_steps: got {self.max_steps}, wanted 1 or more")
         if not 0 <= self.warmup < 1:
@@ -63,15 +66,14 @@ class SmopSettings(TrainSettings):
     epochs: float = option("passes over the training rows", 10.0)
     learning_rate: float = option("highest learning rate of the prompts", 0.5)
     router_learning_rate: float = option("highest learning rate of the router (the paper's is 0.5)", 0.5)
-    head_learning_rate: float = option("highest learning rate of the head", 1e-2)
+    head_learning_rate: float | None = option("highest learning rate of the head, where the task has one", 1e-2)
     weight_decay: float = option("decoupled weight decay", 1e-5)
     optimizer: Optimizer = option("what takes the steps", "adafactor")
 
     def __post_init__(self) -> None:
         TrainSettings.__post_init__(self)
-        for name in ("router_learning_rate", "head_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted more than 0")
+        if not self.router_learning_rate > 0:
+            raise ConfigError(f"router_learning_rate: got {self.router_learning_rate}, wanted more than 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,7 @@ class HyperformerSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         TrainSettings.__post_init__(self)
-        for name in ("embedding_learning_rate", "head_learning_rate", "temperature"):
+        for name in ("embedding_learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, wanted more than 0")
 

@@ -72,6 +72,25 @@ def test_mixed_batch_gradients_equal_single_runs(kind: str) -> None:
     assert all(weight.grad is None for weight in model.parameters())
 
 
+@pytest.mark.parametrize("kind", [*TINY, *RELATIVES])
+def test_one_forward_answers_through_many_heads(kind: str) -> None:
+    """Or says that it cannot: where a layer lies between two heads, or a token's logits are picked."""
+    model, batch = tiny_model(kind), tiny_batch(kind)
+    adapters = {"body": make(model, LoraConfig(), labels=3), "a": make(model, LoraConfig(), labels=2, seed=1)}
+    adapted = attach(model, {**adapters, "b": make(model, LoraConfig(), labels=5, seed=2)})
+    with torch.no_grad(), adapted.route("body"):
+        logits(adapted, batch)
+        found = adapted.through_heads(["a", "b"])
+    assert (found is None) == (kind in {"distilbert", "gpt2", "llama", "qwen2", "mistral", "qwen3"})
+    if found is None:
+        return
+    for head, got in zip(("a", "b"), found, strict=True):
+        with torch.no_grad(), adapted.route("body", head):
+            assert torch.equal(logits(adapted, batch), got)
+    with pytest.raises(RouteError, match="nothing was run"), adapted.route("body"):
+        adapted.through_heads(["a"])
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_fresh_adapters_change_nothing(kind: str, placement: Placement) -> None:
     model, batch = tiny_model(kind), tiny_batch(kind)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graftory.adapter import Adapter
-from graftory.adapters import attach, new_adapter
+from graftory.adapters import AdaptedModel, attach, new_adapter
 from graftory.config import AdapterConfig, BottleneckConfig, LoraConfig
 from graftory.continual.memory import Memory, Sample
 from graftory.continual.passes import second_moments, squared_gradients
@@ -147,6 +147,31 @@ def test_lwf_keeps_old_outputs_closer(run_of: Callable[..., Run], place: Path, l
         return float(distance(logits[0], logits[1], 2.0))
 
     assert away(run_of("lwf", parameters={"strength": 10.0})) < 0.3 * away(run_of("seq"))
+
+
+def test_lwf_runs_the_old_body_once_a_step_whatever_the_number_of_heads(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And learns what it would if both bodies were run for every head."""
+    forwards: list[bool] = []
+    plain = AdaptedModel.forward
+
+    def counted(self: AdaptedModel, *args: Any, **kwargs: Any) -> Any:
+        forwards.append(self.training)
+        return plain(self, *args, **kwargs)
+
+    def adapters(name: str) -> list[Adapter]:
+        forwards.clear()
+        return short_run(place, tmp_path / name, "lwf", ["colours", "animals", "tools"])[1]
+
+    monkeypatch.setattr(AdaptedModel, "forward", counted)
+    once = adapters("once")
+    assert sum(forwards) == SHORT["max_steps"] * (1 + 2 + 2)
+    monkeypatch.setattr(AdaptedModel, "through_heads", lambda *_: None)
+    often = adapters("often")
+    assert sum(forwards) == SHORT["max_steps"] * (1 + 3 + 5)
+    for one, other in zip(once, often, strict=True):
+        assert all(torch.allclose(one.tensors[key], other.tensors[key], atol=1e-5) for key in one.tensors)
 
 
 # --- a-gem, replay ---------------------------------------------------------------------------------------------------

@@ -230,8 +230,42 @@ def test_going_on_from_an_adapter(tmp_path: Path) -> None:
         train(loaded, task, rows, LoraConfig(), FAST, name="tiny", init=wrong)
 
 
+def test_heads_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    loaded, task, rows = tiny_base("classification", tmp_path), tiny_task("classification"), tiny_rows("classification")
+    still = replace(FAST, max_steps=2, weight_decay=0.0, learning_rate=1e-30)
+    start, same = (train(loaded, task, rows, LoraConfig(rank=4), still, name="tiny", init=None) for _ in range(2))
+    moved = train(loaded, task, rows, LoraConfig(rank=4), replace(still, head_learning_rate=1e-2), name="tiny")
+    assert all(torch.equal(same.tensors[key], tensor) for key, tensor in start.tensors.items())
+    far = {key for key, tensor in moved.tensors.items() if (tensor - start.tensors[key]).abs().max() > 1e-3}
+    assert far == set(start.head_tensors())
+    body = train(
+        loaded,
+        task,
+        rows,
+        LoraConfig(rank=4),
+        replace(still, learning_rate=1e-2, head_learning_rate=1e-30),
+        name="tiny",
+    )
+    assert all(torch.allclose(body.tensors[key], tensor) for key, tensor in start.head_tensors().items())
+    assert any((body.tensors[key] - tensor).abs().max() > 1e-3 for key, tensor in start.body_tensors().items())
+
+
+def test_no_head_no_rate_of_a_head(tmp_path: Path) -> None:
+    loaded, task, rows = tiny_base("causal_lm", tmp_path), tiny_task("causal_lm"), tiny_rows("causal_lm")
+    with pytest.raises(ConfigError, match=r"head_learning_rate: got 0\.01, but the task is answered in words"):
+        train(loaded, task, rows, LoraConfig(), replace(FAST, head_learning_rate=0.01), name="tiny")
+
+
 @pytest.mark.parametrize(
-    ("setting", "value"), [("epochs", 0), ("max_steps", 0), ("warmup", 1.0), ("weight_decay", -0.1), ("batch_size", 0)]
+    ("setting", "value"),
+    [
+        ("head_learning_rate", 0.0),
+        ("epochs", 0),
+        ("max_steps", 0),
+        ("warmup", 1.0),
+        ("weight_decay", -0.1),
+        ("batch_size", 0),
+    ],
 )
 def test_impossible_settings(setting: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{setting}: got {value}, wanted"):

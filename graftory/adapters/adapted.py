@@ -131,6 +131,27 @@ class AdaptedModel(nn.Module):
         known = {name: Attached(entry.slot, bool(entry.heads)) for name, entry in self._entries.items()}
         return routed(id(self), make_route(rows, heads, known))
 
+    def through_heads(self, names: Sequence[str]) -> list[Tensor] | None:
+        """Logits of the last forward's rows through the heads of other adapters: the body is not run again.
+
+        To be called inside the route of that forward.
+
+        Returns:
+            [rows, outputs] of each; None where the base's head is several modules with something between them, or its
+            logits are picked from those of all tokens.
+
+        Raises:
+            RouteError: If a name is not attached or has no head, or nothing was run.
+        """
+        entries = {name: self._entry(name) for name in names}
+        for name, entry in entries.items():
+            if not entry.heads:
+                raise RouteError(f"{name!r} has no head")
+        if len(self.heads) != 1:
+            return None
+        found = [self._head(entry.heads[0]).again(entry.slot) for entry in entries.values()]
+        return found if all(logits.dim() == 2 for logits in found) else None
+
     def train_only(self, *names: str) -> None:
         """Let the weights of these adapters learn and freeze all others."""
         slots = {self._entry(name).slot for name in names}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from graftory.adapters.architectures import head_paths
 from graftory.adapters.bank import Bank
 from graftory.adapters.route import current_route
-from graftory.errors import ShapeError
+from graftory.errors import RouteError, ShapeError
 from graftory.kernels import batched_head
 
 _MOST_OUTPUTS = 1024
@@ -85,6 +85,13 @@ class HeadSite(nn.Module):
         named = self.weights[slot].named_parameters()
         return {f"{self.path}.{name}": weight.detach().cpu().clone() for name, weight in named}
 
+    def again(self, slot: str) -> Tensor:
+        """An adapter's logits for what the last forward under the route in force has brought here."""
+        route = current_route(self.owner)
+        if route is None or self.path not in route.taps:
+            raise RouteError("nothing was run under the route in force; call the model first, inside of `route`")
+        return self._logits(slot, route.taps[self.path])
+
     def uninstall(self) -> None:
         """Remove the hook."""
         for handle in self.handles:
@@ -95,6 +102,7 @@ class HeadSite(nn.Module):
         route = current_route(self.owner)
         if route is None:
             return None
+        route.taps[self.path] = args[0]
         rows = [slot if slot and slot in self.weights else None for slot in route.head_rows(args[0])]
         used = {slot: [i for i, row in enumerate(rows) if row == slot] for slot in rows if slot is not None}
         if not used:

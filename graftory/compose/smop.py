@@ -19,7 +19,7 @@ from graftory.adapter import Adapter, AdapterSpec, BaseModel, Lineage, Parent
 from graftory.adapters import base_of
 from graftory.adapters.smop import SMOP, smop_config
 from graftory.config import SmopConfig, config_to_json
-from graftory.data import Rows, TaskFile
+from graftory.data import TEXT_KINDS, Rows, TaskFile
 from graftory.errors import UnsupportedAdapterError
 from graftory.settings import SmopSettings
 from graftory.training import Hooks, LoadedBase, train
@@ -95,6 +95,8 @@ def smop(
     start = new_smop(loaded.model, replace(config, init_seed=settings.seed), base=loaded.base)
     if init is not None:
         start = replace(init, spec=replace(init.spec, config=replace(smop_config_of(init), noise=config.noise)))
+    if task.kind in TEXT_KINDS:
+        settings = replace(settings, head_learning_rate=None)  # they answer in words
     trained = train(
         loaded,
         task,
@@ -104,7 +106,7 @@ def smop(
         name=name,
         output_dir=output_dir,
         init=start,
-        hooks=Hooks(rates=(("heads.", settings.head_learning_rate), (_ROUTER, settings.router_learning_rate))),
+        hooks=Hooks(rates=((_ROUTER, settings.router_learning_rate),)),
         callbacks=callbacks,
     )
     used = config_to_json(start.spec.config)

@@ -94,7 +94,8 @@ def train_in_company(
         The adapter with its lineage; parents are for the caller to add. And the heads that learnt with it.
 
     Raises:
-        ConfigError: If `output_dir` holds the checkpoints of another training, or the method cannot go on from any.
+        ConfigError: If `output_dir` holds the checkpoints of another training, the method cannot go on from any, or a
+            head has a learning rate and there is none.
         BaseMismatchError: If `init` belongs to another base.
         CorruptAdapterError: If an adapter of the company changed, though it is frozen.
     """
@@ -111,7 +112,7 @@ def train_in_company(
         recipe = recipe_of(Scene(adapted, name, task.kind, examples, loaded.tokenizer.pad_token_id, settings))
         # a recipe may have put another adapter in the place of the fresh one
         adapted.train_only(name, *company.heads)
-        hooks = recipe.joined(hooks)
+        hooks = _with_head_rate(recipe.joined(hooks), settings, adapter)
         if output_dir is not None and not recipe.resumes:
             raise ConfigError(
                 f"{way.method} keeps between steps what no checkpoint holds; train without --checkpoints (output_dir)"
@@ -143,6 +144,17 @@ def train_in_company(
         extra = {} if hooks.extra is None else hooks.extra.state_dict()
         heads = {head: adapted.extract(head) for head in company.heads}
         return Learnt(made, heads, {key: tensor.detach().cpu().clone() for key, tensor in extra.items()})
+
+
+def _with_head_rate(hooks: Hooks, settings: TrainSettings, adapter: Adapter) -> Hooks:
+    rate = settings.head_learning_rate
+    if rate is None:
+        return hooks
+    if not adapter.head_tensors():
+        raise ConfigError(
+            f"head_learning_rate: got {rate}, but the task is answered in words and has no head; leave it out"
+        )
+    return replace(hooks, rates=(("heads.", rate), *hooks.rates))
 
 
 def _freeze(adapted: AdaptedModel, name: str, hooks: Hooks) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from graftory.adapters import AdaptedModel
 from graftory.config import option
 from graftory.continual.checks import at_least
 from graftory.continual.heads import earlier_heads
@@ -28,8 +29,8 @@ class Lwf(Plugin):
     """Loss of task t: CE + λ Σ_{j<t} T² · KL(p_old,j ‖ p_new,j), p = softmax(z / T), on the inputs of task t.
 
     old: the body as task t−1 left it; new: the body that learns; both through the head of task j, which stays. A
-    regression's output is held by its squared error. Every earlier head costs a forward of each, without a backward
-    through the old one.
+    regression's output is held by its squared error. A step costs one forward of the old body more, whatever the
+    number of tasks; where a base's head is several modules, every earlier head costs a forward of each body.
     """
 
     strength: float = option("λ, weight of the old outputs", 1.0)
@@ -58,19 +59,17 @@ class Lwf(Plugin):
         if newest is None:
             return NO_HOOKS
         # without heads of their own, tasks share the adapter's or have none
-        heads: list[str | None] = [*earlier_heads(lesson.context)] or [None]
+        heads = [*earlier_heads(lesson.context)]
         kind = lesson.task.kind
 
-        def pairs(step: StepContext) -> Iterator[tuple[Tensor, Tensor]]:
+        def pairs(step: StepContext) -> Iterable[tuple[Tensor, Tensor]]:
             inputs = model_inputs(kind, step.batch)
-            for head in heads:
-                with torch.no_grad(), step.model.route(_TEACHER, head):
-                    old = step.model(**inputs).logits
-                if head is None:
-                    yield old, step.outputs.logits
-                    continue
-                with step.model.route(step.name, head):
-                    yield old, step.model(**inputs).logits
+            with torch.no_grad(), step.model.route(_TEACHER, heads[0] if heads else None):
+                own = step.model(**inputs).logits
+                old = [own, *(_again(step.model, _TEACHER, heads[1:], inputs) if heads else ())]
+            return zip(
+                old, _again(step.model, step.name, heads, inputs) if heads else [step.outputs.logits], strict=True
+            )
 
         def term(step: StepContext) -> Mapping[str, Tensor]:
             counted = step.batch["labels"] if kind in ("causal_lm", "seq2seq") else None
@@ -80,6 +79,18 @@ class Lwf(Plugin):
             return {"lwf": self.strength * torch.stack(losses).sum()}
 
         return Hooks(loss_terms=(term,))
+
+
+def _again(model: AdaptedModel, body: str, heads: Sequence[str], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Logits through each head of rows that the body has just been run on."""
+    found = model.through_heads(heads)
+    if found is not None:
+        return found
+    found = []
+    for head in heads:
+        with model.route(body, head):
+            found.append(model(**inputs).logits)
+    return found
 
 
 def distance(old: Tensor, new: Tensor, temperature: float, labels: Tensor | None = None) -> Tensor:
