@@ -6,17 +6,17 @@ The names below are stable. They are imported when first used, so that `import g
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from graftory.adapter import Adapter, AdapterRef, AdapterSpec, BaseModel, Lineage, Metric, Parent, TaskInfo
 from graftory.config import AdapterConfig, BottleneckConfig, LoraConfig
 from graftory.errors import GraftoryError
+from graftory.lazy import lazily
 
 if TYPE_CHECKING:
     from graftory.adapters import AdaptedModel, ResidentAdapters, attach, base_of, new_adapter
     from graftory.adapters.peft_model import mixed_batches, undo_mixed_batches
-    from graftory.compose.export import export
+    from graftory.compose.exporting import export
     from graftory.compose.merge import merge
     from graftory.hub import Hub
 
@@ -60,8 +60,4 @@ __all__ = [
     "undo_mixed_batches",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'graftory' has no attribute {name!r}")
+__getattr__ = lazily(__name__, _LAZY)

@@ -9,7 +9,7 @@ from pathlib import Path
 from graftory import Adapter, Hub, LoraConfig
 from graftory.adapter import TASK_SOURCE, Lineage
 from graftory.training import LoadedBase, load_base
-from graftory.training.predict import Query, score
+from graftory.training.prediction import Query, score
 from tests.adapter_samples import make
 from tests.training_samples import WORDS, save_base
 

@@ -22,7 +22,7 @@ from graftory.continual.strategies.gated import divergence, pseudo_samples
 from graftory.data import load_rows, load_task
 from graftory.training import LoadedBase, load_base
 from graftory.training.mixture import Mixture, embedded
-from graftory.training.predict import Query, score
+from graftory.training.prediction import Query, score
 from tests.continual_samples import SHORT, make_place, short_run
 
 

@@ -18,8 +18,8 @@ from graftory.errors import ConfigError
 from graftory.hub import Hub
 from graftory.settings import TrainSettings
 from graftory.training import processes
+from graftory.training.learning import training_arguments
 from graftory.training.sampler import LengthSampler
-from graftory.training.train import training_arguments
 from tests.continual_samples import make_place
 
 STRATEGIES = ("ewc", "inflora", "migu")

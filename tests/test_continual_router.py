@@ -26,8 +26,8 @@ from graftory.settings import TrainSettings
 from graftory.training.company import encoded
 from graftory.training.encode import Collator
 from graftory.training.features import depth_of, features_of, layer_features_of
+from graftory.training.learning import train
 from graftory.training.losses import model_inputs
-from graftory.training.train import train
 from tests.training_samples import tiny_base, tiny_rows, tiny_task
 
 WIDTH = 6

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import graftory
+from graftory.hub import Hub
+from tests.hub_samples import lora
 
 PACKAGE = Path(graftory.__file__).parent
-CORE = ("errors", "printable", "schema", "config", "settings", "versions", "adapter")
+CORE = ("lazy", "errors", "printable", "schema", "config", "settings", "versions", "adapter")
 """In the order in which they may import each other."""
 BELOW_COMPOSE = ("core", "hub", "adapters", "kernels", "data", "training")
 BELOW_COMMANDS = (*BELOW_COMPOSE, "compose", "continual", "demo")
@@ -171,6 +176,48 @@ def test_what_must_be_light_imports_nothing_heavy() -> None:
     names = [name for pattern in TORCH_FREE for name in expand(pattern)]
     done = subprocess.run([sys.executable, "-c", code, ",".join(HEAVY), *names], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_needs_no_model_waits_for_none(tmp_path: Path) -> None:
+    """transformers takes three times as long to import as torch, its Trainer, peft and scikit-learn as long again."""
+    hub = Hub.create(tmp_path)
+    for seed, name in enumerate(("one", "two")):
+        hub.put(name, lora(seed))
+    code = (
+        "import sys\n"
+        "from graftory.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code, end.code\n"
+        "heavy = {'transformers', 'peft', 'sklearn', 'ot', 'torch._dynamo'} & sys.modules.keys()\n"
+        "sys.exit(f'{sys.argv[1]} brings {heavy}' if heavy else 0)\n"
+    )
+    for command in (
+        ["merge", "one", "two", "--name", "both"],
+        ["compress", "one", "--drop-layers", "1", "--name", "small"],
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_names_of_a_package_lead_where_they_are_defined() -> None:
+    """And none of them is hidden by a submodule, once that is imported."""
+    for name in (
+        "graftory",
+        "graftory.adapters",
+        "graftory.compose",
+        "graftory.compose.merge.tuning",
+        "graftory.training",
+    ):
+        package = importlib.import_module(name)
+        submodules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+        for public in package.__all__:
+            value = getattr(package, public)
+            assert not isinstance(value, ModuleType), public
+            assert public not in submodules or public in vars(package), public
+        with pytest.raises(AttributeError, match=f"'{name}' has no attribute 'nothing'"):
+            package.nothing  # noqa: B018
 
 
 def expand(pattern: str) -> list[str]:

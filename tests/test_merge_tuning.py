@@ -26,7 +26,7 @@ from graftory.data import load_rows, load_task
 from graftory.errors import ConfigError, MergeError
 from graftory.hub import Hub
 from graftory.training import Job, evaluate
-from graftory.training.predict import Query, score
+from graftory.training.prediction import Query, score
 from tests.merge_home import Home, make_home
 from tests.merge_oracles import regauged, triplets, weighted
 from tests.test_compose_merge import SITES, bottleneck, delta, lora, relative

@@ -16,7 +16,7 @@ from graftory.config import BottleneckConfig, LoraConfig
 from graftory.data import Rows, TaskFile
 from graftory.errors import ConfigError
 from graftory.training import Job, LoadedBase, Query, TrainSettings, evaluate, measure, predict, train
-from graftory.training.predict import read
+from graftory.training.prediction import read
 from tests.training_samples import tiny_base, tiny_rows, tiny_task
 
 SETTINGS = TrainSettings(epochs=12, learning_rate=1e-2, batch_size=8)

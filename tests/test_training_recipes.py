@@ -31,6 +31,7 @@ from graftory.config import (
     SparseUpdateConfig,
     SptConfig,
 )
+from graftory.config.base import layer_of
 from graftory.errors import ConfigError, UnsupportedAdapterError
 from graftory.hub.codecs import codec_of
 from graftory.settings import TrainSettings
@@ -38,7 +39,7 @@ from graftory.training import NO_HOOKS, Job, LoadedBase, evaluate, train
 from graftory.training.company import encoded
 from graftory.training.recipes import RECIPES, Scene, recipe_of
 from graftory.training.recipes.adamix import disagreement
-from graftory.training.recipes.adapterdrop import layer_of, without_first
+from graftory.training.recipes.adapterdrop import without_first
 from graftory.training.recipes.dylora import first_ranks
 from graftory.training.recipes.p_tuning import Encoder
 from graftory.training.recipes.sora import pruned, shrink_

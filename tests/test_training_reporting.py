@@ -18,8 +18,8 @@ from graftory.continual.state import RunFolder
 from graftory.errors import ConfigError
 from graftory.schema import decode
 from graftory.settings import TrainSettings
+from graftory.training.learning import training_arguments
 from graftory.training.reporting import Reporting, check_reporting
-from graftory.training.train import training_arguments
 from tests.continual_samples import make_place, short_run
 
 _VARIABLE = "TENSORBOARD_LOGGING_DIR"

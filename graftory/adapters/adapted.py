@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter, AdapterSpec, BaseModel
 from graftory.adapters.architectures import module_at
@@ -20,6 +19,9 @@ from graftory.adapters.site import Site
 from graftory.adapters.smop import now_readable, reading
 from graftory.adapters.table import method_of
 from graftory.errors import BaseMismatchError, RouteError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapters.bank import Bank
 from graftory.adapters.banked_site import BankedSite, Used, summed
 from graftory.adapters.route import Selection
 from graftory.config import AdapterConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 C = TypeVar("C", bound=AdapterConfig)
 

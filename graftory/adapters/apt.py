@@ -10,11 +10,10 @@ Encoders alone can have it. Everything else is as with prefixes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from graftory.adapters.banked_site import Used
 from graftory.adapters.method import Method
@@ -22,6 +21,9 @@ from graftory.adapters.prefix import PREFIX
 from graftory.adapters.prefix_reading import ReadingPrefixSite, encoder_attentions
 from graftory.adapters.route import Selection
 from graftory.config import AptConfig, PrefixConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKEN, LAYER = AptConfig.parts[-2:]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter
 from graftory.adapters.bank import Bank
@@ -19,6 +18,9 @@ from graftory.config import AdapterConfig
 from graftory.kernels import Routing
 from graftory.kernels.gather import gather_vectors
 from graftory.kernels.shapes import stack_padded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 C = TypeVar("C", bound=AdapterConfig)
 

@@ -7,11 +7,10 @@ at 0, and in a mixed batch each row gets the sum of w δ over its own adapters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapters.adding_site import VectorSite
 from graftory.adapters.architectures import GROUPS, architecture_of, head_paths, is_linear, module_at
@@ -19,6 +18,9 @@ from graftory.adapters.method import Method
 from graftory.adapters.targets import paths_of
 from graftory.config import BitfitConfig
 from graftory.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 (DELTA,) = BitfitConfig.parts
 

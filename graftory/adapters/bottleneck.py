@@ -13,12 +13,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from graftory.adapter import Adapter
@@ -35,6 +34,9 @@ from graftory.adapters.site import Site, key_of
 from graftory.config import Activation, BottleneckConfig, NormedBottleneckConfig, Placement
 from graftory.errors import UnsupportedAdapterError
 from graftory.kernels import batched_bottleneck
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DOWN, DOWN_BIAS, UP, UP_BIAS, NORM, NORM_BIAS = NormedBottleneckConfig.parts
 

@@ -30,11 +30,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import matching, module_at, need_architecture
 from graftory.adapters.bank import Bank
@@ -49,6 +48,9 @@ from graftory.adapters.token_choice import TokenChoice, best_first
 from graftory.config import BottleneckConfig, CodaConfig
 from graftory.errors import RouteError, UnsupportedAdapterError
 from graftory.kernels import batched_bottleneck
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DOWN, DOWN_BIAS, UP, UP_BIAS, ROUTER = CodaConfig.parts
 

@@ -10,9 +10,10 @@ paper's code draws A with a spread of 0.01 and has a small update at the start.)
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import module_at
 from graftory.adapters.bottleneck import BOTTLENECK, residual_width
@@ -20,6 +21,9 @@ from graftory.adapters.method import Method
 from graftory.adapters.phm import DOWN_RIGHT, RULE, phm_shapes
 from graftory.config import CompacterConfig
 from graftory.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SPREAD = {DOWN_RIGHT, "phm_down_left", "phm_up_right"}
 """The parts that are drawn."""

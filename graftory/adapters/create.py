@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter, AdapterSpec, BaseModel, Lineage, TaskInfo
 from graftory.adapters.architectures import head_paths
@@ -14,6 +14,9 @@ from graftory.adapters.head import initial_head
 from graftory.adapters.table import METHODS
 from graftory.config import AdapterConfig
 from graftory.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def new_adapter(

@@ -10,12 +10,11 @@ taken from the base: y + Σ w (y_k - y).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from graftory.adapters.adding_site import AddingSite
 from graftory.adapters.architectures import linear_widths, module_at
@@ -27,6 +26,9 @@ from graftory.adapters.targets import linear_targets
 from graftory.config import DoraConfig
 from graftory.errors import UnsupportedAdapterError
 from graftory.kernels import batched_lora, batched_scale
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 A, B, MAGNITUDE = DoraConfig.parts
 

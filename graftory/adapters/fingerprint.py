@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from graftory.adapter import BaseModel
 from graftory.adapters.architectures import HEADS
 from graftory.schema import canonical
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NOT_BACKBONE = {*HEADS, "lm_head", "cls", "qa_outputs", "pooler"}
 _PIECE = 1 << 20

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter
 from graftory.adapters.architectures import linear_widths, matching, module_at, need_architecture
@@ -32,6 +32,9 @@ from graftory.config import (
     Track,
 )
 from graftory.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SPREAD = 0.02
 """Of Q and K, as in the paper's code."""

@@ -6,10 +6,9 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter
 from graftory.adapters.banked_site import BankedSite
@@ -17,6 +16,9 @@ from graftory.adapters.fusion_math import Attention, Source, Sources, fuse
 from graftory.adapters.route import Route, Selection
 from graftory.config import AdapterConfig, FusionConfig, FusionPlace
 from graftory.errors import AdapterNotFoundError, ShapeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 C = TypeVar("C", bound=AdapterConfig)
 

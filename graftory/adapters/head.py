@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import head_paths
 from graftory.adapters.bank import Bank
 from graftory.adapters.route import current_route
 from graftory.errors import RouteError, ShapeError
 from graftory.kernels import batched_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MOST_OUTPUTS = 1024
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import architecture_of, linear_widths, matching, module_at
 from graftory.adapters.bank import Bank
@@ -25,6 +24,9 @@ from graftory.adapters.route import Selection
 from graftory.adapters.targets import linear_targets
 from graftory.config import Ia3Config
 from graftory.kernels import batched_scale
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 (VECTOR,) = Ia3Config.parts
 

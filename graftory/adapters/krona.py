@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapters.adding_site import AddingSite
 from graftory.adapters.architectures import linear_widths, module_at
@@ -24,6 +23,9 @@ from graftory.adapters.method import Method
 from graftory.adapters.route import Selection
 from graftory.adapters.targets import linear_targets
 from graftory.config import KronaConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 A, B = KronaConfig.parts
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter
 from graftory.adapters.architectures import linear_widths, module_at
@@ -21,6 +20,9 @@ from graftory.adapters.site import overheard
 from graftory.adapters.targets import linear_targets
 from graftory.config import LoraConfig
 from graftory.kernels import batched_lora, inlet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 A, B = LoraConfig.parts
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapters.adding_site import VectorSite
 from graftory.adapters.architectures import head_paths, is_linear, linear_widths, module_at
@@ -24,6 +23,9 @@ from graftory.adapters.method import Method
 from graftory.adapters.targets import linear_targets
 from graftory.config import AdapterConfig, LoraBiasConfig, LoraConfig, LowRankConfig
 from graftory.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 A, B, UP_BIAS, OWN, BIAS = LoraBiasConfig.parts
 

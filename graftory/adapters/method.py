@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from graftory.adapters.site import Site
 from graftory.config import AdapterConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def targets_of(config: AdapterConfig) -> Iterable[tuple[str, AdapterConfig]]:

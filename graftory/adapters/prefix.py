@@ -15,11 +15,10 @@ has a prefix, the base's attention is called as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import linear_widths, matching, module_at, need_architecture
 from graftory.adapters.banked_site import BankedSite, Used
@@ -28,6 +27,9 @@ from graftory.adapters.prefix_attention import Front, unwatch, watch
 from graftory.adapters.route import Selection
 from graftory.config import PrefixConfig
 from graftory.errors import RouteError, UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KEYS, VALUES = PrefixConfig.parts
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import matching, need_architecture
 from graftory.adapters.prefix import PrefixSite
 from graftory.adapters.route import Selection
 from graftory.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ReadingPrefixSite(PrefixSite):

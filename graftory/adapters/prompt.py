@@ -9,10 +9,10 @@ the paper finds better than noise.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import module_at
 from graftory.adapters.method import Method
@@ -20,6 +20,9 @@ from graftory.adapters.prompt_places import embedding_path
 from graftory.adapters.smop import PROMPTS, PromptSite, embedding_width
 from graftory.config import PromptConfig
 from graftory.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def _resolve(model: PreTrainedModel, config: PromptConfig) -> tuple[str, ...]:

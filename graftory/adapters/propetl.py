@@ -11,9 +11,10 @@ Fresh: the prototype as a bottleneck starts, so the update is zero; masks at ran
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import module_at
 from graftory.adapters.bottleneck import BOTTLENECK, residual_width
@@ -21,6 +22,9 @@ from graftory.adapters.masked import MASK_DOWN, MASK_UP, PROTOTYPE, kept_count, 
 from graftory.adapters.method import Method
 from graftory.config import BottleneckConfig, PropetlConfig
 from graftory.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def _initial(model: PreTrainedModel, path: str, config: PropetlConfig, generator: torch.Generator) -> dict[str, Tensor]:

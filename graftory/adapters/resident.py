@@ -7,14 +7,15 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, Protocol
 
 from graftory.adapter import Adapter, AdapterRef, BaseModel
 from graftory.adapters.adapted import AdaptedModel
 from graftory.adapters.route import Row
 from graftory.errors import ConfigError, RouteError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HELD: ContextVar[int] = ContextVar("graftory_resident_routes", default=0)
 

@@ -6,18 +6,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter
 from graftory.adapters.route import Route, current_route
 from graftory.config import AdapterConfig
 from graftory.errors import ShapeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 C = TypeVar("C", bound=AdapterConfig)
 _OBSERVER: ContextVar[Callable[[str, Tensor], None] | None] = ContextVar("graftory_inputs", default=None)

@@ -33,13 +33,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import module_at
 from graftory.adapters.method import Method
@@ -49,6 +48,9 @@ from graftory.adapters.route import Selection
 from graftory.adapters.site import Site
 from graftory.config import PromptConfig, SmopConfig
 from graftory.errors import RouteError, UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPTS, ROUTER = "smop_prompts", "smop_router.weight"
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter
 from graftory.adapters.architectures import linear_widths, module_at
@@ -33,6 +32,9 @@ from graftory.config import (
     SptConfig,
 )
 from graftory.errors import ShapeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 INDEX, VALUE = SparseUpdateConfig.parts[:2]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from graftory.adapters.architectures import GROUPS, Architecture, architecture_of, head_paths, is_linear, matching
 from graftory.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def linear_targets(model: PreTrainedModel, targets: Sequence[str]) -> tuple[str, ...]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapters.banked_site import BankedSite
 from graftory.config import AdapterConfig
 from graftory.errors import RouteError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 C = TypeVar("C", bound=AdapterConfig)
 _MASK = "attention mask"

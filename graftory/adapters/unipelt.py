@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import linear_widths, matching, module_at, need_architecture
 from graftory.adapters.bank import Bank
@@ -32,6 +31,9 @@ from graftory.adapters.targets import linear_targets
 from graftory.adapters.text_mask import MaskReading
 from graftory.config import AdapterConfig, BottleneckConfig, LoraConfig, PrefixConfig, UnipeltConfig
 from graftory.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GATE, GATE_BIAS = UnipeltConfig.parts[-2:]
 

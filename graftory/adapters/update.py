@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from graftory.adapters.adding_site import AddingSite, VectorSite, beside
 from graftory.adapters.architectures import linear_widths
@@ -28,6 +27,9 @@ from graftory.adapters.route import Selection
 from graftory.adapters.targets import linear_targets
 from graftory.config import UpdateConfig
 from graftory.kernels import batched_lora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 A, B, ROWS, COLUMNS, BIAS = UpdateConfig.parts
 

@@ -8,10 +8,10 @@ training is in `graftory/training/recipes/`, one file each.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from graftory.adapters.bottleneck import BOTTLENECK, DOWN, UP
 from graftory.adapters.lora import LORA
@@ -24,6 +24,9 @@ from graftory.config import (
     SoraConfig,
     SparseConfig,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def _spread(model: PreTrainedModel, path: str, config: SparseConfig, generator: torch.Generator) -> dict[str, Tensor]:

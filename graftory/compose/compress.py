@@ -9,17 +9,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.activations import ACT2FN
 
 from graftory.adapter import TASK_SOURCE, Adapter, Lineage, Metric, Parent, Storage
 from graftory.adapters.expansions import as_bottleneck
 from graftory.compose.merge.base import Body, body_of
 from graftory.compose.merge.kinds import KINDS, delta_at
 from graftory.config import BottleneckConfig, LoraConfig
+from graftory.config.base import layer_of
 from graftory.errors import ConfigError, UnsupportedAdapterError
 from graftory.hub.codecs import codec_of
 from graftory.schema import Json, encode
-from graftory.training.recipes.adapterdrop import layer_of
 from graftory.versions import library_versions
 
 T = TypeVar("T")
@@ -219,6 +218,8 @@ def _outputs(old: Adapter, new: Adapter) -> float | None:
 
 
 def _returned(adapter: Adapter, path: str) -> Tensor:
+    from transformers.activations import ACT2FN  # here, as a LoRA needs nothing of transformers
+
     config = adapter.spec.config
     assert isinstance(config, BottleneckConfig)
     down, down_bias, up, up_bias = (adapter.tensors[f"{path}.{part}"].double() for part in config.parts)

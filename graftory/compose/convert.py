@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from graftory.adapter import Adapter, Lineage, Parent
 from graftory.compose.merge.base import body_of, check_rank
@@ -17,6 +16,9 @@ from graftory.compose.merge.spectrum import cut
 from graftory.errors import MergeError
 from graftory.schema import Json
 from graftory.versions import library_versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
 
 from graftory.adapter import Adapter, AdapterSpec, BaseModel, Lineage, Parent
 from graftory.adapters import base_of
@@ -25,6 +25,9 @@ from graftory.data import Rows, TaskFile
 from graftory.errors import BaseMismatchError, UnsupportedAdapterError
 from graftory.settings import FusionSettings, TrainSettings
 from graftory.training import Hooks, LoadedBase, LossTerm, StepContext, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerCallback
 
 _VALUE = "value.weight"
 _UNDECAYED = "value_weight"

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter, TaskInfo, TaskKind
 from graftory.adapters.architectures import module_at
-from graftory.compose.export import export
+from graftory.compose.exporting import export
 from graftory.compose.merge.fisher import GRADIENTS, MAX_TOKENS, ROWS
 from graftory.data import Text
 from graftory.training import LoadedBase
 from graftory.training.encode import IGNORED, Collator, encode
 from graftory.training.losses import model_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def record_gradients(

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
 
 from graftory.adapter import Adapter, AdapterSpec, BaseModel, Lineage, Parent
 from graftory.adapters import base_of
@@ -23,6 +23,9 @@ from graftory.data import TEXT_KINDS, Rows, TaskFile
 from graftory.errors import UnsupportedAdapterError
 from graftory.settings import SmopSettings
 from graftory.training import Hooks, LoadedBase, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerCallback
 
 _ROUTER = "smop_router_weight"
 """End of the name of the router's weight in an adapted model."""

@@ -47,3 +47,8 @@ def check_rate(name: str, value: float) -> None:
     """
     if not 0.0 <= value < 1.0:
         raise ConfigError(f"{name}: got {value}, wanted 0 or more and less than 1")
+
+
+def layer_of(path: str) -> int:
+    """The number of the layer that a site is in: the first number in its path."""
+    return next(int(part) for part in path.split(".") if part.isdigit())

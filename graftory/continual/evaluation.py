@@ -24,7 +24,7 @@ from graftory.continual.strategies import Answer
 from graftory.data import TEXT_KINDS, Rows, TaskFile
 from graftory.training import Job, LoadedBase, evaluate
 from graftory.training.metrics import measure
-from graftory.training.predict import score
+from graftory.training.prediction import score
 
 ABSTAINED = "abstained"
 ROW_MEANS = ("accuracy", "exact_match")

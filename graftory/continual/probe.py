@@ -24,7 +24,7 @@ from graftory.continual.router_fit import router_features
 from graftory.data import Rows, load_rows, load_task
 from graftory.errors import DataError
 from graftory.training import LoadedBase
-from graftory.training.predict import read
+from graftory.training.prediction import read
 
 
 def probe_texts(settings: ProbeSettings, seed: int) -> tuple[str, ...]:

@@ -35,8 +35,8 @@ from graftory.hub import Hub
 from graftory.schema import Json, decode
 from graftory.training import LoadedBase, TrainSettings, load_base, processes
 from graftory.training.company import Learnt
+from graftory.training.learning import train_in_company
 from graftory.training.reporting import Reporting, check_reporting
-from graftory.training.train import train_in_company
 from graftory.versions import library_versions
 
 Progress = Callable[[Event], None]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter, TaskKind
 from graftory.training.losses import readable_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Weigh = Callable[[Tensor], Tensor]
 """From features of rows, [rows, width], to weights, [rows, adapters]."""

@@ -6,9 +6,10 @@ are left of W, and the update is added in full precision.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter
 from graftory.adapters import new_adapter
@@ -16,6 +17,9 @@ from graftory.adapters.architectures import linear_widths, module_at
 from graftory.config import LoraConfig
 from graftory.errors import BaseMismatchError, ConfigError
 from graftory.training.base import LoadedBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def is_quantised(model: PreTrainedModel) -> bool:

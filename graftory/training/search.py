@@ -27,10 +27,10 @@ from graftory.errors import ConfigError, CorruptAdapterError
 from graftory.schema import Json, canonical, decode, encode
 from graftory.settings import TrainSettings
 from graftory.training.base import LoadedBase
-from graftory.training.evaluate import Job, evaluate
+from graftory.training.evaluation import Job, evaluate
+from graftory.training.learning import train
 from graftory.training.metrics import LOWER_IS_BETTER
 from graftory.training.search_space import Candidate, SearchSpace
-from graftory.training.train import train
 
 if TYPE_CHECKING:
     import optuna

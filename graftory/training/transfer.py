@@ -20,7 +20,7 @@ from graftory.data import Rows, TaskFile
 from graftory.errors import BaseMismatchError, UnsupportedAdapterError
 from graftory.settings import TrainSettings
 from graftory.training.base import LoadedBase
-from graftory.training.train import train
+from graftory.training.learning import train
 
 
 def task_embedding(adapter: Adapter) -> Tensor:

@@ -11,16 +11,18 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftory.adapters.architectures import module_at
 from graftory.config.peft import PeftConfig
 from graftory.errors import ConfigError, ShapeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PREFIX, ABOVE = "base_model.model.", "base_model."
 """What PEFT puts before the names of tensors: of a module, and of all modules together."""

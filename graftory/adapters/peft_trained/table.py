@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from graftory.adapters.architectures import architecture_of, head_paths, is_linear, module_at
 from graftory.adapters.method import Method
@@ -27,6 +26,9 @@ from graftory.config.peft import (
     VeraConfig,
 )
 from graftory.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def _linears(model: PreTrainedModel, config: PeftConfig) -> tuple[str, ...]:

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter, AdapterSpec, BaseModel, Lineage, Parent, TaskInfo
 from graftory.adapters import AdaptedModel, base_of
@@ -31,6 +31,9 @@ from graftory.adapters.bottleneck import NORMED_BOTTLENECK, residual_width
 from graftory.adapters.lora import LORA
 from graftory.config import HyperformerConfig, HyperPlace, HyperTask, LoraConfig, NormedBottleneckConfig
 from graftory.errors import UnsupportedAdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SPREAD = 0.01
 _EMPTY = ("adapter_norm.weight", "adapter_norm.bias", "lora_B.weight")

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from graftory.adapter import Adapter, Lineage, Parent
 from graftory.adapters import AdaptedModel, new_adapter
@@ -35,10 +34,13 @@ from graftory.settings import HyperformerSettings
 from graftory.training import LoadedBase
 from graftory.training.company import encoded
 from graftory.training.encode import TASK_NUMBER, Collator, Example
+from graftory.training.learning import claim, training_arguments
 from graftory.training.progress import TrainingProgress
-from graftory.training.train import claim, training_arguments
 from graftory.training.trainer import AdapterTrainer, Hooks, LossTerm
 from graftory.versions import library_versions
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 
 def hyperformer(

@@ -11,7 +11,7 @@ from graftory.data import Rows, TaskFile, load_rows, load_task
 from graftory.errors import ConfigError, MergeError
 from graftory.training import LoadedBase, load_base
 from graftory.training.metrics import LOWER_IS_BETTER, METRICS, measure
-from graftory.training.predict import Query, Scored, score
+from graftory.training.prediction import Query, Scored, score
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from graftory.compose.merge.align import Transport, align, distances
 from graftory.compose.merge.base import Body, MergeMethod, MergeParameters, Reads, check_keys
@@ -170,6 +169,8 @@ def _check_alike(bodies: Sequence[Body]) -> None:
 
 
 def _bottleneck_units(body: Body) -> dict[str, Units]:
+    from transformers.activations import ACT2FN  # here, as other merges need nothing of transformers
+
     config = cast(BottleneckConfig, body.config)
     check_keys(body, [f"{site}.{part}" for site in config.targets for part in config.parts])
     found = {}

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, cast
 from torch import Tensor, nn
 
 from graftory.adapter import BaseModel
-from graftory.adapters import base_of, is_adapted
-from graftory.adapters.architectures import is_linear, module_at
 from graftory.errors import BaseMismatchError, MergeError
 
 if TYPE_CHECKING:
@@ -45,6 +43,10 @@ def originals_of(model: PreTrainedModel, base: BaseModel) -> Originals:
         MergeError: If adapters are attached to it.
         BaseMismatchError: If it is another model.
     """
+    # here, so that a merge that needs no base does not wait for transformers
+    from graftory.adapters import base_of, is_adapted
+    from graftory.adapters.architectures import module_at
+
     if is_adapted(model):
         raise MergeError("got a base with adapters attached, wanted the plain one; call detach() first")
     mine = base_of(model)
@@ -74,6 +76,8 @@ def no_originals(path: str) -> Original:
 
 
 def _original(module: nn.Module, path: str) -> Original:
+    from graftory.adapters.architectures import is_linear
+
     if not (is_linear(module) or isinstance(module, nn.LayerNorm)):
         raise MergeError(f"{path} is a {type(module).__name__}, wanted Linear or Conv1D; it cannot hold an update")
     weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from graftory.adapter import Adapter
 from graftory.compose.merge import merge
@@ -14,6 +14,9 @@ from graftory.compose.merge.base import MergeParameters
 from graftory.compose.merge.mera import MeraParameters
 from graftory.compose.select.base import Choice, Selection
 from graftory.errors import MergeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Score = Callable[[Adapter], float]
 """How good an adapter is on held-out rows; higher is better."""

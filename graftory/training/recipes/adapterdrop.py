@@ -15,15 +15,11 @@ from torch import Tensor
 
 from graftory.adapter import Adapter
 from graftory.config import AdapterdropConfig, BottleneckConfig
+from graftory.config.base import layer_of
 from graftory.errors import ConfigError
 from graftory.training.recipes.base import Recipe, Scene, plain
 
 _, _, UP, UP_BIAS = BottleneckConfig.parts
-
-
-def layer_of(path: str) -> int:
-    """The number of the layer that a site is in: the first number in its path."""
-    return next(int(part) for part in path.split(".") if part.isdigit())
 
 
 def adapterdrop(scene: Scene) -> Recipe:

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from graftory.adapter import Adapter, TaskKind
 from graftory.adapters import AdaptedModel
@@ -18,6 +17,9 @@ from graftory.errors import ConfigError
 from graftory.settings import TrainSettings
 from graftory.training.encode import Example
 from graftory.training.trainer import Hooks, LossTerm, StepRoute
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 C = TypeVar("C", bound=AdapterConfig)
 StandIns = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]

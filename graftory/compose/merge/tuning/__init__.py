@@ -1,8 +1,16 @@
 """Finding what a merge needs on a few rows: weights, or the method itself."""
 
-from graftory.compose.merge.tuning.adamerging import TunedLayers, tune_layers
-from graftory.compose.merge.tuning.auto import PORTFOLIO, AutoParameters, Candidate, Chosen, Judged, auto_merge
-from graftory.compose.merge.tuning.lorahub import Tried, tune_weights
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from graftory.compose.merge.tuning.parameters import AutoParameters
+from graftory.lazy import lazily
+
+if TYPE_CHECKING:
+    from graftory.compose.merge.tuning.adamerging import TunedLayers, tune_layers
+    from graftory.compose.merge.tuning.auto import PORTFOLIO, Candidate, Chosen, Judged, auto_merge
+    from graftory.compose.merge.tuning.lorahub import Tried, tune_weights
 
 __all__ = [
     "PORTFOLIO",
@@ -16,3 +24,18 @@ __all__ = [
     "tune_layers",
     "tune_weights",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "PORTFOLIO": "graftory.compose.merge.tuning.auto",
+        "Candidate": "graftory.compose.merge.tuning.auto",
+        "Chosen": "graftory.compose.merge.tuning.auto",
+        "Judged": "graftory.compose.merge.tuning.auto",
+        "Tried": "graftory.compose.merge.tuning.lorahub",
+        "TunedLayers": "graftory.compose.merge.tuning.adamerging",
+        "auto_merge": "graftory.compose.merge.tuning.auto",
+        "tune_layers": "graftory.compose.merge.tuning.adamerging",
+        "tune_weights": "graftory.compose.merge.tuning.lorahub",
+    },
+)

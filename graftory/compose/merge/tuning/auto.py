@@ -11,10 +11,10 @@ from torch import Tensor
 
 from graftory.adapter import Adapter, Parent
 from graftory.compose.merge import METHODS, merge, needs_base
-from graftory.compose.merge.base import MergeParameters, check_rank
+from graftory.compose.merge.base import MergeParameters
 from graftory.compose.merge.judging import Bench, Verdict, trials_of
+from graftory.compose.merge.tuning.parameters import AutoParameters
 from graftory.compose.record import record_examples
-from graftory.config import option
 from graftory.errors import MergeError
 from graftory.schema import Json, encode
 from graftory.settings import SelectSettings
@@ -25,16 +25,6 @@ ERRORS = 2.0
 """So many standard errors behind the best, a merge cannot be told from it."""
 
 Floor = Literal["nothing", "single", "task arithmetic"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AutoParameters(MergeParameters):
-    """Parameters of `auto`."""
-
-    rank: int | None = option("rank of the result; if not given nothing is cut", None)
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from graftory.compose.merge.lorahub import LorahubParameters
 from graftory.data import Rows, TaskFile
 from graftory.errors import ConfigError, MergeError
 from graftory.training import LoadedBase
-from graftory.training.predict import Query, score
+from graftory.training.prediction import Query, score
 
 _HEADED = ("classification", "regression")
 _FIRST_STEP = 0.5

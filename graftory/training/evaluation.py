@@ -16,7 +16,7 @@ from graftory.data import TEXT_KINDS, Rows, TaskFile
 from graftory.training.base import LoadedBase
 from graftory.training.metrics import measure
 from graftory.training.mixture import Mixture
-from graftory.training.predict import Query, Scored, generate, score
+from graftory.training.prediction import Query, Scored, generate, score
 
 _LEEWAY = 8
 """Tokens that a language model may write beyond the longest right answer: it has to show that it stops there."""
