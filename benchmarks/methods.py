@@ -44,7 +44,7 @@ from graftory.data import Rows, TaskFile, load_rows, load_task
 from graftory.settings import TrainSettings
 from graftory.training import Hooks, Job, LoadedBase, evaluate, load_base, train
 from graftory.training.encode import Collator, encode
-from graftory.training.train import training_arguments
+from graftory.training.learning import training_arguments
 
 BASE = "wheel:minilm"
 TASKS = ("trec", "rotten-tomatoes", "snli")
