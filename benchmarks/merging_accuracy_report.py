@@ -188,6 +188,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]
     told += [f"auto, {what}: {value:.2f}" for what, value in found["auto"].items()]
     head = (
-        "Normalised accuracy, %, mean ± std over seeds (merges). – : refused, or of a larger rank than asked for.\n\n"
+        "Normalised accuracy, %, mean ± std over seeds (merges). – : refused, of a larger rank than asked for, or not "
+        "measured.\n\n"
     )
     return head + "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in told) + "\n"

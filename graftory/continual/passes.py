@@ -89,16 +89,21 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """C = Σ x xᵀ over the tokens x, padding left out, that an adapter reads at each of its sites.
 
+    A batch is summed in fp32, batches in fp64; sites that read the same tensor (query, key, value) share its sum.
+
     Returns:
         [d_in, d_in] fp64 by path.
     """
     found: dict[str, Tensor] = {}
     mask: list[Tensor] = []
     own = True
+    last: list[Tensor] = []
 
     def observe(path: str, x: Tensor) -> None:
-        flat = (x[mask[0]] if mask[0].shape == x.shape[:2] else x.flatten(0, -2)).double()
-        found[path] = found.get(path, 0) + (flat.T @ flat).cpu() * own
+        if not last or last[0] is not x:
+            flat = (x[mask[0]] if mask[0].shape == x.shape[:2] else x.flatten(0, -2)).float()
+            last[:] = [x, (flat.T @ flat).cpu().double() * own]
+        found[path] = found.get(path, 0) + last[1]
 
     with attached(loaded, adapter) as adapted, torch.no_grad(), shown(observe):
         for number, batch in enumerate(batches(loaded, task, rows, batch_size)):

@@ -18,8 +18,8 @@ from graftory.continual.strategies.added import Added
 from graftory.continual.strategies.base import Finished, Kept, Lesson, Needs, Plan
 from graftory.training.company import Learnt
 
-_NONE = 1e-10
-"""Of the inputs' energy: directions with less than this are rounding."""
+_NONE = 1e-6
+"""Of the inputs' energy: directions with less than this are the rounding of their sums in fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +88,10 @@ def directions(moment: Tensor, basis: Tensor | None, rank: int) -> Tensor:
     Returns:
         [rank, d], fp32.
     """
-    vectors, values = _leading(moment, basis)
-    rows = torch.zeros(rank, len(moment), dtype=moment.dtype)
-    used = min(rank, int((values > _NONE * moment.trace()).sum()))
+    size = len(moment)
+    vectors, values = _leading(moment, basis, min(rank, size))
+    rows = torch.zeros(rank, size, dtype=moment.dtype)
+    used = int((values > _NONE * moment.trace()).sum())
     rows[:used] = vectors[:, :used].T
     return (rows / 3**0.5).float()
 
@@ -106,7 +107,7 @@ def grown(basis: Tensor | None, moment: Tensor, energy: float) -> Tensor:
     Returns:
         [d, k'], fp64, orthonormal columns.
     """
-    vectors, values = _leading(moment, basis)
+    vectors, values = _leading(moment, basis, len(moment))
     held = 0.0 if basis is None else float((basis.T @ moment @ basis).trace())
     wanted = energy * float(moment.trace())
     reached = held + torch.cat([values.new_zeros(1), values.cumsum(0)])
@@ -115,14 +116,15 @@ def grown(basis: Tensor | None, moment: Tensor, energy: float) -> Tensor:
     return new if basis is None else torch.cat([basis, new], dim=1)
 
 
-def _leading(moment: Tensor, basis: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Eigenvectors [d, d] and eigenvalues [d] of C off the basis, largest first."""
+def _leading(moment: Tensor, basis: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """The first eigenvectors [d, count] and eigenvalues [count] of C off the basis, largest first."""
     off = moment
     if basis is not None:
-        out = torch.eye(len(moment), dtype=moment.dtype) - basis @ basis.T
-        off = out @ moment @ out
+        # (1 − M Mᵀ) C (1 − M Mᵀ), by way of products with M alone
+        inside = moment @ basis
+        off = moment - basis @ inside.T - inside @ basis.T + basis @ (basis.T @ inside) @ basis.T
     values, vectors = torch.linalg.eigh((off + off.T) / 2)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    values, vectors = values.flip(0)[:count].clamp(min=0), vectors.flip(1)[:, :count]
     if basis is not None:
         # rounding lets a little of the basis in again
         vectors = vectors - basis @ (basis.T @ vectors)
