@@ -134,7 +134,7 @@ def main() -> None:
     strategies = options.strategies.split(",")
     trials = [] if options.rate else list(trials_of(strategies, budget))
     do(options, trials)
-    rates = {trial.strategy: options.rate or best_rate(options.folder, trial) for trial in trials}
+    rates = {name: best_rate(options.folder, [t for t in trials if t.strategy == name]) for name in tuned(trials)}
     jobs = list(jobs_of(options, budget, rates))
     do(options, jobs)
     if options.list:
@@ -182,12 +182,17 @@ def trials_of(strategies: Iterable[str], budget: Budget) -> Iterator[Job]:
             yield Job(CHOICE, strategy, 0, CHOICE_SEED, rate, budget)
 
 
-def best_rate(root: Path, like: Job) -> float:
-    """The rate with the highest ACC on held-out rows; of equal ones the lowest.
+def tuned(trials: Sequence[Job]) -> tuple[str, ...]:
+    """The strategies that a rate is chosen for."""
+    return tuple(dict.fromkeys(trial.strategy for trial in trials))
+
+
+def best_rate(root: Path, trials: Sequence[Job]) -> float:
+    """The rate of a strategy with the highest ACC on held-out rows; of equal ones the lowest.
 
     Before anything is tried, the highest: so that --list can say what would run.
     """
-    tried = [job for job in trials_of([like.strategy], like.budget) if is_done(root, job)]
+    tried = [job for job in trials if is_done(root, job)]
     return max(tried, key=lambda job: (acc(root, job), -job.rate)).rate if tried else RATES[-1]
 
 

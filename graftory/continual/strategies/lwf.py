@@ -65,11 +65,11 @@ class Lwf(Plugin):
         def pairs(step: StepContext) -> Iterable[tuple[Tensor, Tensor]]:
             inputs = model_inputs(kind, step.batch)
             with torch.no_grad(), step.model.route(_TEACHER, heads[0] if heads else None):
-                own = step.model(**inputs).logits
-                old = [own, *(_again(step.model, _TEACHER, heads[1:], inputs) if heads else ())]
-            return zip(
-                old, _again(step.model, step.name, heads, inputs) if heads else [step.outputs.logits], strict=True
-            )
+                first = step.model(**inputs).logits
+                if not heads:
+                    return [(first, step.outputs.logits)]
+                old = [first, *_again(step.model, _TEACHER, heads[1:], inputs)]
+            return zip(old, _again(step.model, step.name, heads, inputs), strict=True)
 
         def term(step: StepContext) -> Mapping[str, Tensor]:
             counted = step.batch["labels"] if kind in ("causal_lm", "seq2seq") else None
