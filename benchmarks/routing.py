@@ -1,15 +1,17 @@
 """Which features and which classifier tell a row's task best, and what telling it costs.
 
-    python benchmarks/routing.py                       # both settings, results in benchmarks/results/routing.json
+    python benchmarks/routing.py                       # all settings, results in benchmarks/results/routing.json
     python benchmarks/routing.py --setting valence
     python benchmarks/routing.py --rows 100 --tests 50 --no-write
 
-Base: All-MiniLM-L6-v2, fp32, no adapter, one thread. Settings: the seven tasks and the four valence domains of
-benchmarks/continual.py. Every number is the share of test rows, mean over the tasks, that are sent to their own task:
+Base: All-MiniLM-L6-v2, fp32, no adapter, one thread. Settings: the seven tasks, the four valence domains and banking77
+in seven tasks of eleven intents, as in benchmarks/continual.py. Every number is the share of test rows, mean over the
+tasks, that are sent to their own task:
 
-- `layers`: the router, on the mean-pooled states of each layer and of three layers joined; which of them held-out rows
-  choose; and for comparison with five k-means centroids a task in place of one for each label, and ridge regression on
-  task ids (of the same features, and of 1000 random ones as in RanPAC, λ by held-out rows).
+- `layers`: the router, on the mean-pooled states of each layer and of four layers joined; which of them held-out rows
+  choose; and for comparison with centroids that are not drawn to their task's mean, with one or five k-means centroids
+  a task in place of one for each label, and ridge regression on task ids (of the same features, and of 1000 random ones
+  as in RanPAC, λ by held-out rows).
 - `rows`: the chosen layers with fewer training rows.
 - `abstained`: of the rows of known tasks, and of each task when the router was fitted without it.
 - `milliseconds`: CPU time a row, forward pass and classifier apart.
@@ -25,10 +27,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from continual import SETTINGS
+from continual import INTENTS, SETTINGS
+from intents import split_intents
 from torch import Tensor
 
 from graftory.continual.ridge import Moments, choose_strength, projected, random_projection, solve
@@ -41,6 +45,8 @@ from graftory.versions import library_versions
 BASE = "wheel:minilm"
 RANDOM = 1000
 HELD_OUT = 5
+ROUTED = ("tasks", "valence", "classes")
+"""Settings in which a row's task may have to be found."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,8 +68,9 @@ def main() -> None:
     torch.set_num_threads(1)
     loaded = load_base(BASE, "classification")
     found = {}
-    for setting in options.setting or ("tasks", "valence"):
-        tasks = [read(loaded, source, options.rows, options.tests) for source in SETTINGS[setting].tasks]
+    for setting in options.setting or ROUTED:
+        with TemporaryDirectory() as folder:
+            tasks = [read(loaded, source, options.rows, options.tests) for source in sources(setting, Path(folder))]
         rows = sum(len(task.train) + len(task.held) + len(task.test) for task in tasks)
         found[setting] = measured(tasks, depth_of(loaded))
         found[setting]["milliseconds"] |= {"forward": 1000 * sum(task.seconds for task in tasks) / rows}
@@ -78,11 +85,16 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=("tasks", "valence"), action="append")
-    parser.add_argument("--rows", type=int, default=2000, help="training rows a task, at most")
+    parser.add_argument("--setting", choices=ROUTED, action="append", help="any number of times; by default all")
+    parser.add_argument("--rows", type=int, default=500, help="training rows a task, at most")
     parser.add_argument("--tests", type=int, default=500, help="test rows a task, at most")
     parser.add_argument("--no-write", action="store_true", help="print only")
     return parser.parse_args()
+
+
+def sources(setting: str, folder: Path) -> Sequence[str]:
+    """The tasks of a setting; some are written to a folder first."""
+    return split_intents(folder, INTENTS) if setting == "classes" else SETTINGS[setting].tasks
 
 
 def read(loaded: Any, source: str, rows: int, tests: int) -> Task:
@@ -132,6 +144,7 @@ def of_layers(tasks: Sequence[Task], layers: tuple[int, ...], depth: int) -> dic
     narrow = [replace_states(task, layers) for task in tasks]
     ways: Mapping[str, Callable[[], Sequence[float]]] = {
         "centroid a label": lambda: shares(narrow, fitted(narrow, settings, depth)),
+        "not smoothed": lambda: shares(narrow, fitted(narrow, replace(settings, smoothing=0), depth)),
         "5 k-means centroids": lambda: shares(narrow, fitted(narrow, settings, depth, labelled=False)),
         "1 centroid": lambda: shares(narrow, fitted(narrow, replace(settings, centroids=1), depth, labelled=False)),
         "ridge": lambda: ridge(narrow, 0),

@@ -82,7 +82,7 @@ def test_a_centroid_for_each_label_is_lda_on_labels_summed_over_each_task_s() ->
     rows, test = gaussians(120, 2, tasks=5), torch.cat(gaussians(40, 3, tasks=5))
     sizes = [120, 40, 100, 60, 80]  # labels 0 and 1 are of task a, 2 to 4 of task b: 160 and 240 rows
     parts = [features[:size] for features, size in zip(rows, sizes, strict=True)]
-    router = Router.on(settings(shrinkage=0.0), 0)
+    router = Router.on(settings(shrinkage=0.0, smoothing=0.0), 0)
     for name, own in (("a", (0, 1)), ("b", (2, 3, 4))):
         labels = torch.cat([torch.full((sizes[i],), 10 * i) for i in own])  # label numbers need not be dense
         router = router.add(name, torch.cat([parts[i] for i in own])[:, None], labels=labels)
@@ -97,6 +97,32 @@ def test_a_centroid_for_each_label_is_lda_on_labels_summed_over_each_task_s() ->
     theirs = oracle.predict_proba(test.numpy())
     wanted = np.stack([theirs[:, :2].sum(1), theirs[:, 2:].sum(1)], 1)
     assert np.allclose(router.route(test[:, None]).posterior.numpy(), wanted, atol=1e-8)
+
+
+def test_centroids_are_the_posterior_means_around_their_task_s_mean() -> None:
+    # label 0 has one row at 8, label 1 three rows at 0: the task's mean is 2; 2 rows more at 2 each: 4 and 0.8
+    features = torch.tensor([[8.0], [0.0], [0.0], [0.0]])
+    router = Router.on(settings(smoothing=2.0), 0).add("a", features[:, None], labels=torch.tensor([0, 1, 1, 1]))
+    task = router.view.tasks[0]
+    assert torch.allclose(task.centroids[:, 0], torch.tensor([4.0, 0.8], dtype=torch.float64))
+    assert torch.equal(task.shares, torch.tensor([0.25, 0.75], dtype=torch.float64))
+    assert router.view.covariance(0).tolist() == [[0.0]]  # the scatter is around the labels' own means
+
+
+def test_labels_with_few_rows_take_no_rows_from_other_tasks() -> None:
+    # 50 labels of 4 rows each that mean nothing, beside a task of two labels: their centroids are noise
+    def drawn(seed: int, rows: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(rows, 60, generator=generator) + shift for shift in (0.0, 0.4)]
+
+    labels = [torch.arange(200) % count for count in (50, 2)]
+    right = {}
+    for smoothing in (0.0, 5.0):
+        router = Router.on(settings(smoothing=smoothing, quantile=1), 0)
+        for i, rows in enumerate(drawn(1, 200)):
+            router = router.add(f"task{i}", rows[:, None], labels=labels[i])
+        right[smoothing] = sum(chosen(router, rows).count(i) for i, rows in enumerate(drawn(2, 500)))
+    assert right[5.0] > right[0.0] + 30
 
 
 def test_distance_is_mahalanobis_with_the_shrunk_pooled_scatter() -> None:
@@ -210,7 +236,7 @@ def test_the_layer_is_chosen_by_held_out_rows_of_each_task_as_it_arrives() -> No
 
 def test_layers_that_are_asked_for() -> None:
     assert RouterSettings(layers=(-1, 0)).views(6) == ((6, 0),)
-    assert RouterSettings().views(30) == ((0,), (5,), (10,), (15,), (20,), (25,), (30,), (0, 15, 30))
+    assert RouterSettings().views(30) == ((0,), (5,), (10,), (15,), (20,), (25,), (30,), (0, 10, 20, 30))
     assert RouterSettings().views(1) == ((0,), (1,), (0, 1))
     for layers in ((7,), (-8,), (6, -1)):
         with pytest.raises(ConfigError, match="wanted different ones of 0 to 6"):

@@ -1,6 +1,6 @@
 """Which task does a row belong to? A Mahalanobis classifier on features of the frozen base.
 
-It looks at the base from several sides (views): the pooled states of single layers, and of three layers joined. The
+It looks at the base from several sides (views): the pooled states of single layers, and of four layers joined. The
 view that has told most held-out rows right chooses. No training row is kept but, as features, the few farthest
 validation rows of each task, from which the bound for abstention is taken anew as the pooled scatter grows.
 """
@@ -22,6 +22,8 @@ ABSTAIN = -1
 """The choice for a row that looks like no task: it goes to the bare base."""
 _MOST_LAYERS = 7
 """Single layers that are tried; of deeper models evenly spaced ones."""
+_JOINED_LAYERS = 4
+"""Of these, evenly spaced, the joined features are made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class RouterSettings:
         (),
     )
     centroids: int = option("k-means centroids of a task without labels; one with labels has a centroid for each", 5)
+    smoothing: float = option("rows at its task's mean that each centroid counts beside its own", 5.0)
     shrinkage: float = option("share of the mean variance added to the scatter's diagonal", 0.1)
     quantile: float = option("share of a task's own rows inside its bound; 1 never abstains", 0.999)
     answer: Literal["best", "mixture"] = option(
@@ -43,8 +46,9 @@ class RouterSettings:
     def __post_init__(self) -> None:
         if self.centroids < 1:
             raise ConfigError(f"centroids: got {self.centroids}, wanted 1 or more")
-        if self.shrinkage < 0:
-            raise ConfigError(f"shrinkage: got {self.shrinkage}, wanted 0 or more")
+        for name in ("smoothing", "shrinkage"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
         if not 0 < self.quantile <= 1:
             raise ConfigError(f"quantile: got {self.quantile}, wanted more than 0 and at most 1")
 
@@ -61,9 +65,8 @@ class RouterSettings:
                 raise ConfigError(f"router.layers: got {given}, wanted different ones of 0 to {layers}, or -1 and on")
             return (resolved,)
         count = min(layers + 1, _MOST_LAYERS)
-        single = [round(i * layers / max(1, count - 1)) for i in range(count)]
-        joined = tuple(sorted({0, layers // 2, layers}))
-        return (*((layer,) for layer in single), *([joined] if len(joined) > 1 else []))
+        joined = _evenly(layers, min(layers + 1, _JOINED_LAYERS))
+        return (*((layer,) for layer in _evenly(layers, count)), *([joined] if len(joined) > 1 else []))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,7 +159,8 @@ class Router:
             own = self._of(view, features)
             groups = _clustered(own, settings) if labels is None else torch.unique(labels, return_inverse=True)[1]
             held = None if validation is None else self._of(view, validation)
-            grown.append(view.add(name, own, groups, held, shrinkage=settings.shrinkage, quantile=settings.quantile))
+            drawn, shrunk, inside = settings.smoothing, settings.shrinkage, settings.quantile
+            grown.append(view.add(name, own, groups, held, smoothing=drawn, shrinkage=shrunk, quantile=inside))
         count = 0 if validation is None else len(validation)
         return replace(self, views=tuple(grown), held_out=self.held_out + count)
 
@@ -185,6 +189,11 @@ class Router:
     def _of(self, view: View, features: Tensor) -> Tensor:
         """A view's own features, [N, d]."""
         return features[:, [self.layers.index(layer) for layer in view.layers]].flatten(1)
+
+
+def _evenly(layers: int, count: int) -> tuple[int, ...]:
+    """So many of the layers from 0 to the last."""
+    return tuple(round(i * layers / max(1, count - 1)) for i in range(count))
 
 
 def _clustered(features: Tensor, settings: RouterSettings) -> Tensor:

@@ -19,7 +19,7 @@ class RoutedTask:
 
     name: str
     centroids: Tensor
-    """[k, d] fp64."""
+    """[k, d] fp64, each drawn towards the task's mean; see `View.add`."""
     shares: Tensor
     """Share of the task's rows at each centroid, [k] fp64."""
     tail: Tensor
@@ -48,7 +48,7 @@ class View:
     """Layers of the base whose pooled states are the features, joined."""
     tasks: tuple[RoutedTask, ...] = ()
     scatter: Tensor | None = None
-    """Σ over all training rows of (f − μ)(f − μ)ᵀ, μ the row's own centroid, [d, d] fp64."""
+    """Σ over all training rows of (f − μ)(f − μ)ᵀ, μ the mean of the rows at the row's centroid, [d, d] fp64."""
     rows: int = 0
     """Rows in the scatter."""
     right: int = 0
@@ -61,16 +61,21 @@ class View:
         groups: Tensor,
         validation: Tensor | None = None,
         *,
+        smoothing: float,
         shrinkage: float,
         quantile: float,
     ) -> View:
         """A view that knows one more task.
+
+        μ_c = (Σ f + κ m) / (n_c + κ), over the n_c rows f at centroid c, with m the mean of the task's rows: the
+        posterior mean under the prior N(m, Σ/κ). A label with few rows lies near its task, not where they happen to.
 
         Args:
             name: The task.
             features: Features of its training rows, [N, d].
             groups: Which of the task's centroids a row is at, from 0 on and none left out, [N] int64.
             validation: Features of rows kept apart, for the bound and for `right`; without them it never abstains here.
+            smoothing: κ.
             shrinkage: See `covariance`.
             quantile: Share of the validation rows inside the bound.
 
@@ -81,13 +86,13 @@ class View:
         if features.dim() != 2 or len(features) == 0 or width not in (None, features.shape[1]):
             raise ShapeError(f"features of {name!r}: got {tuple(features.shape)}, wanted [rows, {width or 'width'}]")
         rows = features.double()
-        counts = torch.bincount(groups)
-        centroids = torch.zeros(len(counts), rows.shape[1], dtype=rows.dtype).index_add_(0, groups, rows)
-        centroids /= counts[:, None]
-        residual = rows - centroids[groups]
+        counts = torch.bincount(groups)[:, None]
+        sums = torch.zeros(len(counts), rows.shape[1], dtype=rows.dtype).index_add_(0, groups, rows)
+        centroids = (sums + smoothing * rows.mean(0)) / (counts + smoothing)
+        residual = rows - (sums / counts)[groups]
         scatter = residual.T @ residual
         scatter = (scatter + scatter.T) / 2  # equal to the last bit on both sides, as one of them is stored
-        task = RoutedTask(name, centroids, counts.double() / len(rows), features[:0], 0)
+        task = RoutedTask(name, centroids, counts[:, 0].double() / len(rows), features[:0], 0)
         grown = replace(
             self,
             tasks=(*self.tasks, task),
