@@ -8,6 +8,9 @@ from typing import Literal
 from graftory.config import option
 from graftory.errors import ConfigError
 
+HeadStart = Literal["random", "probe"]
+"""Where a fresh head starts: at random, or at the best linear one (LP-FT, Kumar et al. 2022, arXiv:2202.10054)."""
+
 Optimizer = Literal["adamw", "adafactor"]
 """Adafactor (Shazeer and Stern 2018) with a given learning rate: no relative step, no scaling by the parameter."""
 
@@ -19,6 +22,7 @@ class TrainSettings:
     epochs: float = option("passes over the training rows", 3.0)
     learning_rate: float = option("highest learning rate", 2e-3)
     head_learning_rate: float | None = option("highest learning rate of heads; by default that of all else", None)
+    head_start: HeadStart = option("where a fresh head starts: at random, or fitted to what the base says", "random")
     batch_size: int = option("rows a batch", 16)
     accumulation: int = option("batches a step", 1)
     max_steps: int | None = option("stop after so many steps, whatever the epochs", None)

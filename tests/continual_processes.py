@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from tests.continual_crash import WRITING
 from tests.continual_samples import sequence_file
 
 SETTINGS = {"max_steps": 30, "learning_rate": 0.01, "batch_size": 8, "save_steps": 20}
+OWN: Mapping[str, Mapping[str, Any]] = {"isolated": {"head_start": "probe", "learning_rate": 1e-3}}
+"""What strategies have beside it or in its place."""
 ROWS = 45
 """The last of six batches has five rows."""
 
@@ -61,7 +64,8 @@ def main(place: Path, folder: Path, strategies: list[str]) -> None:
         losses.clear()
         written.clear()
         hub = Hub.open(folder / strategy / "hub")
-        report = run_sequence(replace(base, strategy=strategy), hub, folder / strategy / "run")
+        own = replace(base, strategy=strategy, train={**SETTINGS, **OWN.get(strategy, {})})
+        report = run_sequence(own, hub, folder / strategy / "run")
         found[strategy] = {"losses": list(losses), "written": sorted(written), "matrix": report.matrix}
     print(json.dumps(found))
 

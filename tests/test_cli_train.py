@@ -170,6 +170,18 @@ def test_predict_gives_labels_that_are_sure_of_themselves(trained: Path, tmp_pat
     assert line.endswith(texts[0])
 
 
+def test_heads_can_start_where_they_fit(base: Path, tmp_path: Path) -> None:
+    Hub.create(tmp_path)
+    arguments = ("train", TASK, "--base", base, "--max-steps", "1", "--learning-rate", "1e-9", "--name", "a")
+    assert as_json(call(tmp_path, *arguments, "--json"))["ref"] == "a@1"
+    assert as_json(call(tmp_path, *arguments, "--head-start", "probe", "--json"))["ref"] == "a@2"
+    random, probed = (Hub.open(tmp_path).get(ref) for ref in ("a@1", "a@2"))
+    assert all(torch.allclose(tensor, random.tensors[key]) for key, tensor in probed.body_tensors().items())
+    assert all(not torch.allclose(tensor, random.tensors[key]) for key, tensor in probed.head_tensors().items())
+    assert Hub.open(tmp_path).record("a@2").spec.lineage.parameters["head_start"] == "probe"
+    assert "is not one of 'random', 'probe'" in call(tmp_path, *arguments, "--head-start", "best").output
+
+
 def test_continue_starts_from_the_parent(trained: Path, tmp_path: Path) -> None:
     remote = tmp_path.as_uri() + "/hub"
     assert call(trained, "push", "tickets@1", remote).exit_code == 0

@@ -291,3 +291,20 @@ def test_what_it_cannot_do_is_said(loaded: LoadedBase) -> None:
         new_fusion(loaded.model, [plain, plain])
     with pytest.raises(ConfigError, match="tasks of one kind"):
         hyperformer(loaded, [*two_tasks(), *two_tasks("regression")], SMALL, QUICK)
+
+
+def test_heads_can_start_at_what_the_generated_adapters_say(loaded: LoadedBase) -> None:
+    rows = tiny_rows("classification", 60)
+    tasks = [(replace(tiny_task("classification"), name=name), rows) for name in ("one", "two")]
+    still = replace(STILL, learning_rate=1e-30, head_learning_rate=1e-30, embedding_learning_rate=1e-30)
+    probed = hyperformer(loaded, tasks, SMALL, replace(still, head_start="probe"))
+    random = hyperformer(loaded, tasks, SMALL, still)
+    more = add_task(loaded, probed, replace(tasks[0][0], name="three"), rows, replace(still, head_start="probe"))
+    for hyper, name, right in (
+        (probed, "one", True),
+        (probed, "two", True),
+        (more, "three", True),
+        (random, "two", False),
+    ):
+        job = Job(name, task_adapter(hyper, name), None, tasks[0][0], rows)
+        assert (evaluate(loaded, [job])[0][0].value > 0.85) == right

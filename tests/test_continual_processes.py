@@ -22,8 +22,9 @@ from graftory.training.learning import training_arguments
 from graftory.training.sampler import LengthSampler
 from tests.continual_samples import make_place
 
-STRATEGIES = ("ewc", "inflora", "migu")
-"""Importances, covariances and the loudness of units are sums over rows, each process having some of them."""
+STRATEGIES = ("ewc", "inflora", "migu", "isolated")
+"""Importances, covariances and the loudness of units are sums over rows, each process having some of them; the heads of
+`isolated` start at a probe that one process fits."""
 
 
 @pytest.fixture(scope="module")

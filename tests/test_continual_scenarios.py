@@ -80,6 +80,28 @@ def test_joint_learns_all_heads_from_mixed_batches(run_of: Callable[..., Run]) -
     assert versions[1].spec.lineage.parents[0].relation == "continued"
 
 
+STILL = {"max_steps": 1, "learning_rate": 1e-30, "weight_decay": 0.0, "batch_size": 8, "head_start": "probe"}
+
+
+@pytest.mark.parametrize("strategy", ["isolated", "seq", "frozen", "o-lora", "sd-lora", "gated", "joint", "replay"])
+def test_every_fresh_head_starts_at_its_probe(run_of: Callable[..., Run], strategy: str) -> None:
+    """Nothing else learns here: without the probe, what a random head answers is right by chance."""
+    report, *_ = run_of(strategy, train=STILL)
+    assert min(report.matrix[1]) > 0.85
+    chance, *_ = run_of(strategy, train={**STILL, "head_start": "random"})
+    assert max(chance.matrix[1]) < 0.75
+
+
+def test_a_shared_head_starts_once(run_of: Callable[..., Run]) -> None:
+    _, versions, _ = run_of("seq", "colours", "turned", train=STILL, scenario="domain")
+    first, second = (version.tensors["classifier.weight"] for version in versions)
+    assert torch.allclose(first, second)
+    # of both tasks' rows, which contradict each other, nothing can be learnt
+    report, *_ = run_of("joint", "colours", "turned", train=STILL, scenario="domain")
+    assert report.matrix[0][0] > 0.85
+    assert sum(report.matrix[1]) < 1.2
+
+
 def test_losses_of_mixed_kinds_by_hand() -> None:
     logits = torch.tensor([[1.0, 2.0], [0.5, float("-inf")], [3.0, 1.0]], requires_grad=True)
     labels = torch.tensor([1.0, 2.0, 0.0])

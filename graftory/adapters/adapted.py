@@ -145,14 +145,23 @@ class AdaptedModel(nn.Module):
         Raises:
             RouteError: If a name is not attached or has no head, or nothing was run.
         """
-        entries = {name: self._entry(name) for name in names}
-        for name, entry in entries.items():
-            if not entry.heads:
-                raise RouteError(f"{name!r} has no head")
+        entries = [self._headed(name) for name in names]
         if len(self.heads) != 1:
             return None
-        found = [self._head(entry.heads[0]).again(entry.slot) for entry in entries.values()]
+        found = [self._head(entry.heads[0]).again(entry.slot) for entry in entries]
         return found if all(logits.dim() == 2 for logits in found) else None
+
+    def replace_head(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put other weights, by their names in `Adapter.tensors`, in the place of an attached adapter's head; they
+        learn if the old ones did, and may have another number of outputs.
+
+        Raises:
+            RouteError: If the name is not attached or has no head.
+            ShapeError: If a parameter is missing or does not fit.
+        """
+        entry = self._headed(name)
+        for path in entry.heads:
+            self._head(path).replace(entry.slot, tensors)
 
     def train_only(self, *names: str) -> None:
         """Let the weights of these adapters learn and freeze all others."""
@@ -279,6 +288,12 @@ class AdaptedModel(nn.Module):
         if name not in self._entries:
             raise RouteError(f"no adapter {name!r} is attached; attached: {', '.join(self._entries) or 'none'}")
         return self._entries[name]
+
+    def _headed(self, name: str) -> _Entry:
+        entry = self._entry(name)
+        if not entry.heads:
+            raise RouteError(f"{name!r} has no head")
+        return entry
 
     def _holders(self) -> list[Site[Any] | HeadSite]:
         return [site for site in (*self.sites.values(), *self.heads.values()) if isinstance(site, Site | HeadSite)]

@@ -78,6 +78,25 @@ class HeadSite(nn.Module):
         if self.bank is not None and slot in self.bank.layout:
             self.bank.drop(slot)
 
+    def replace(self, slot: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put another head in the place of an adapter's; it learns if that one did.
+
+        Raises:
+            ShapeError: If a parameter is missing or differs from the base's in more than the number of outputs; the
+                old head stays.
+        """
+        before = self.weights[slot]
+        learns = any(parameter.requires_grad for parameter in before.parameters())
+        kept = self.tensors(slot)
+        self.drop(slot)
+        try:
+            self.put(slot, tensors)
+        except ShapeError:
+            self.put(slot, kept)
+            raise
+        finally:
+            self.learn(slot, learns)
+
     def learn(self, slot: str, learns: bool) -> None:
         """Let an adapter's head learn, or freeze it."""
         self.weights[slot].requires_grad_(learns)
@@ -186,7 +205,7 @@ def initial_head(model: PreTrainedModel, outputs: int, generator: torch.Generato
     """
     paths = head_paths(model)
     spread = float(getattr(model.config, "initializer_range", None) or 0.02)
-    last = _last_linear(model, paths[-1]) if paths else ""
+    last = last_linear(model) if paths else ""
     fresh: dict[str, Tensor] = {}
     for path in paths:
         for name, old in model.get_submodule(path).named_parameters():
@@ -197,7 +216,8 @@ def initial_head(model: PreTrainedModel, outputs: int, generator: torch.Generato
     return fresh
 
 
-def _last_linear(model: PreTrainedModel, path: str) -> str:
-    head = model.get_submodule(path)
-    names = [name for name, module in head.named_modules() if isinstance(module, nn.Linear)]
+def last_linear(model: PreTrainedModel) -> str:
+    """The path of the layer that makes a model's logits, in or at its last head."""
+    path = head_paths(model)[-1]
+    names = [name for name, module in model.get_submodule(path).named_modules() if isinstance(module, nn.Linear)]
     return f"{path}.{names[-1]}".rstrip(".")

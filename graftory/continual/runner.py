@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
 from graftory.adapter import TASK_SOURCE, Adapter, Lineage, Metric, check_name
@@ -327,6 +328,7 @@ class _Run:
             hooks=plan.hooks,
             company=plan.company,
             reporting=self._reporting(number, lesson.name),
+            fresh_head=_same_head(plan.start, lesson.context.untrained[lesson.name]),
         )
 
     def _reporting(self, number: int, task: str) -> Reporting:
@@ -353,6 +355,11 @@ class _Run:
 def _slug(task: TaskFile) -> str:
     """A task's name as part of an adapter's name."""
     return task.name.replace("/", "-")
+
+
+def _same_head(adapter: Adapter, untrained: Adapter) -> bool:
+    own, other = adapter.head_tensors(), untrained.head_tensors()
+    return own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own)
 
 
 def _as_begun(lesson: Lesson, plan: Plan) -> Adapter:

@@ -36,6 +36,8 @@ class Company:
     """They stay as they are."""
     heads: Mapping[str, Adapter] = field(default_factory=dict)
     """Heads without a body; they learn too."""
+    fresh: tuple[str, ...] = ()
+    """Those of the heads that have learnt nothing yet."""
     others: tuple[OtherTask, ...] = ()
 
     def join(self, adapted: AdaptedModel) -> None:

@@ -25,6 +25,7 @@ from graftory.training import processes
 from graftory.training.base import LoadedBase
 from graftory.training.company import ALONE, Company, Learnt, encoded
 from graftory.training.encode import Collator
+from graftory.training.head_start import start_head
 from graftory.training.progress import TrainingProgress
 from graftory.training.recipes import Scene, recipe_of
 from graftory.training.reporting import NOWHERE, Reporting
@@ -73,6 +74,7 @@ def train_in_company(
     callbacks: Sequence[TrainerCallback] = (),
     company: Company = ALONE,
     reporting: Reporting = NOWHERE,
+    fresh_head: bool | None = None,
 ) -> Learnt:
     """Train a fresh adapter, or go on with `init`, on the rows of a task. The base comes out as it went in.
 
@@ -89,13 +91,14 @@ def train_in_company(
         callbacks: Callbacks of transformers' `Trainer`.
         company: What is attached beside it, and rows of other tasks that are mixed in.
         reporting: Who is told of the losses.
+        fresh_head: Whether the adapter's head has learnt nothing yet; None: unless `init` brings it.
 
     Returns:
         The adapter with its lineage; parents are for the caller to add. And the heads that learnt with it.
 
     Raises:
         ConfigError: If `output_dir` holds the checkpoints of another training, the method cannot go on from any, or a
-            head has a learning rate and there is none.
+            head is spoken of in the settings and there is none.
         BaseMismatchError: If `init` belongs to another base.
         CorruptAdapterError: If an adapter of the company changed, though it is frozen.
     """
@@ -112,7 +115,8 @@ def train_in_company(
         recipe = recipe_of(Scene(adapted, name, task.kind, examples, loaded.tokenizer.pad_token_id, settings))
         # a recipe may have put another adapter in the place of the fresh one
         adapted.train_only(name, *company.heads)
-        hooks = _with_head_rate(recipe.joined(hooks), settings, adapter)
+        _check_head(settings, adapter)
+        hooks = _with_head_rate(recipe.joined(hooks), settings)
         if output_dir is not None and not recipe.resumes:
             raise ConfigError(
                 f"{way.method} keeps between steps what no checkpoint holds; train without --checkpoints (output_dir)"
@@ -137,6 +141,10 @@ def train_in_company(
         trainer = AdapterTrainer(
             adapted, name, task.kind, arguments, examples, collator, hooks, callbacks, company.kinds()
         )
+        if settings.head_start == "probe" and resume is None:
+            fresh = not _brings_head(init, adapter) if fresh_head is None else fresh_head
+            for head in (*([None] if fresh else []), *company.fresh):
+                start_head(trainer, head or name, *trainer.through(head))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         processes.wait()  # the others may still be writing their part of a checkpoint
         company.check(adapted)
@@ -146,15 +154,17 @@ def train_in_company(
         return Learnt(made, heads, {key: tensor.detach().cpu().clone() for key, tensor in extra.items()})
 
 
-def _with_head_rate(hooks: Hooks, settings: TrainSettings, adapter: Adapter) -> Hooks:
+def _check_head(settings: TrainSettings, adapter: Adapter) -> None:
+    """Refuse settings of a head where there is none."""
+    asked = {"head_learning_rate": settings.head_learning_rate, "head_start": settings.head_start}
+    for name, value in asked.items() if not adapter.head_tensors() else ():
+        if value not in (None, "random"):
+            raise ConfigError(f"{name}: got {value}, but the task is answered in words and has no head; leave it out")
+
+
+def _with_head_rate(hooks: Hooks, settings: TrainSettings) -> Hooks:
     rate = settings.head_learning_rate
-    if rate is None:
-        return hooks
-    if not adapter.head_tensors():
-        raise ConfigError(
-            f"head_learning_rate: got {rate}, but the task is answered in words and has no head; leave it out"
-        )
-    return replace(hooks, rates=(("heads.", rate), *hooks.rates))
+    return hooks if rate is None else replace(hooks, rates=(("heads.", rate), *hooks.rates))
 
 
 def _freeze(adapted: AdaptedModel, name: str, hooks: Hooks) -> None:
@@ -169,12 +179,16 @@ def _start(loaded: LoadedBase, task: TaskFile, rows: Rows, config: AdapterConfig
     fresh = new_adapter(loaded.model, start, task=rows.info(task), base=loaded.base)
     if init is None:
         return fresh
-    before, now = init.spec.task, fresh.spec.task
-    same = before is not None and now is not None and (before.kind, before.labels) == (now.kind, now.labels)
-    kept = init.tensors if same else init.body_tensors()
+    kept = init.tensors if _brings_head(init, fresh) else init.body_tensors()
     # the base is init's, so that attaching it notices a wrong one
     spec = replace(fresh.spec, base=init.spec.base, config=init.spec.config, licence=init.spec.licence)
     return Adapter(spec, {**fresh.tensors, **kept}, init.sources)
+
+
+def _brings_head(init: Adapter | None, wanted: Adapter) -> bool:
+    """Whether an adapter has a head for the labels of another."""
+    before, now = init.spec.task if init else None, wanted.spec.task
+    return before is not None and now is not None and (before.kind, before.labels) == (now.kind, now.labels)
 
 
 def training_arguments(

@@ -1,13 +1,15 @@
-"""A progress bar for training, in place of tqdm."""
+"""Progress bars for training, in place of tqdm."""
 
 # ruff: noqa: ARG002 - the signatures are those of transformers
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from graftory.training import processes
@@ -17,16 +19,7 @@ class TrainingProgress(TrainerCallback):
     """Shows steps, loss and the time left on the terminal's error stream; nothing where there is no terminal."""
 
     def __init__(self, title: str) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self.progress = Progress(
-            *columns,
-            TextColumn("{task.fields[loss]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal or not processes.is_first(),
-        )
+        self.progress = _bar(TextColumn("{task.fields[loss]}"))
         self.title = title
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -55,3 +48,24 @@ class TrainingProgress(TrainerCallback):
     def stop(self) -> None:
         """Take the bar away, come what may."""
         self.progress.stop()
+
+
+@contextmanager
+def counted(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar for something else than steps; what it gives is told how many more are done."""
+    progress = _bar()
+    with progress:
+        bar = progress.add_task(title, total=total)
+        yield lambda more: progress.advance(bar, more)
+
+
+def _bar(*columns: ProgressColumn) -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal or not processes.is_first(),
+    )

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,7 +130,7 @@ class AdapterTrainer(Trainer):
             train_dataset=_with_filling(examples, arguments.world_size),
             callbacks=[*callbacks, _Gradients(adapted, hooks.on_gradients)],
         )
-        self.lengths = [len(example["input_ids"]) for example in examples]
+        self.examples, self.lengths = examples, [len(example["input_ids"]) for example in examples]
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the loss is ours: a mean over each batch
         self.adapted, self.name, self.kind, self.hooks = adapted, name, kind, hooks
@@ -168,12 +168,37 @@ class AdapterTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One forward and backward, both inside the route."""
-        stand_ins = self.hooks.stand_ins
-        with nullcontext() if stand_ins is None else stand_ins(self.adapted, self.name), self._route(inputs):
+        with self._in_force(inputs):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.args.world_size > 1 and self.accelerator.sync_gradients:
             processes.mean_gradients(list(self._learning().values()))
         return loss
+
+    def through(self, head: str | None) -> tuple[TaskKind, list[Example]]:
+        """The kind and the rows of what goes through one of the heads, None being that of the adapter that learns."""
+        numbers = [number for number, own in enumerate(self.heads) if own == head]
+        return self.kinds[numbers[0]], [row for row in self.examples if row.get(TASK_NUMBER, 0) in numbers]
+
+    def logits(self, examples: Sequence[Example]) -> Tensor:
+        """What the model says of rows, run as in a training step but without dropout."""
+        device = self.adapted.model.device
+        inputs = {name: value.to(device) for name, value in self.data_collator(list(examples)).items()}
+        was_training = self.adapted.training
+        self.adapted.eval()
+        try:
+            with torch.no_grad(), self._in_force(inputs), reading(readable_tokens(self.kind, inputs)):
+                inputs.pop(TASK_NUMBER, None)
+                logits: Tensor = self.adapted(**model_inputs(self.kind, inputs)).logits
+        finally:
+            self.adapted.train(was_training)
+        return logits
+
+    @contextmanager
+    def _in_force(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """What a forward of these rows runs through."""
+        stand_ins = self.hooks.stand_ins
+        with nullcontext() if stand_ins is None else stand_ins(self.adapted, self.name), self._route(inputs):
+            yield
 
     def _route(self, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
         """The hooks' route, or the adapter for all rows; where tasks are mixed, each row with its own task's head."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from graftory.settings import HyperformerSettings
 from graftory.training import LoadedBase
 from graftory.training.company import encoded
 from graftory.training.encode import TASK_NUMBER, Collator, Example
+from graftory.training.head_start import start_head
 from graftory.training.learning import claim, training_arguments
 from graftory.training.progress import TrainingProgress
 from graftory.training.trainer import AdapterTrainer, Hooks, LossTerm
@@ -218,6 +219,10 @@ class _Run:
                 (*callbacks, progress),
                 terms,
             )
+            if self.settings.head_start == "probe" and resume is None:
+                for number, attached in enumerate(names, self.first):
+                    own = [example for example in examples if example[TASK_NUMBER] == number]
+                    start_head(trainer, attached, trainer.kind, own)
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             tensors = {key: value.detach().cpu().clone() for key, value in live_tensors(adapted).items()}
             for number, attached in enumerate(names):
@@ -292,14 +297,14 @@ class HyperTrainer(AdapterTrainer):
         batch = self.args.per_device_train_batch_size
         return TaskSampler(self.sizes, batch, self.settings.temperature, self.args.seed)
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """One forward and backward with the adapter of the batch's task."""
+    @contextmanager
+    def _in_force(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """The adapter that is generated for the batch's task."""
         task = int(inputs.pop(TASK_NUMBER)[0])
         self.name = f"task{task}"
-        with self.adapted.made(self.name, generate(self.hyper, live_tensors(self.adapted), task)):
-            return super().training_step(model, inputs, num_items_in_batch)
+        made = generate(self.hyper, live_tensors(self.adapted), task)
+        with self.adapted.made(self.name, made), super()._in_force(inputs):
+            yield
 
 
 def _with_lineage(

@@ -40,7 +40,7 @@ class Joint(Strategy):
         )
         names = {step.task: attached_as(step.task) for step in context.done}
         others = (OtherTask(*lesson.read(task), name if name in own else None) for task, name in names.items())
-        company = Company(heads=own, others=tuple(others))
+        company = Company(heads=own, fresh=tuple(own), others=tuple(others))
         return Plan(context.untrained[lesson.name], after_newest(context), context.run, company=company)
 
     def finish(self, lesson: Lesson, learnt: Learnt) -> Finished:
