@@ -7,15 +7,18 @@
 
 Base: All-MiniLM-L6-v2, fp32; LoRA of rank 8 on all linears if not said otherwise, one budget for all strategies.
 `joint` has the others' steps for each task that it learns at once. Heads learn at 1e-2; the learning rate of all else
-is one of `RATES` for each strategy, chosen once for all settings, orders and seeds: by ACC on TREC, disaster tweets and
-banking77 in turn, on rows that were held out of their training sets; plugins of `seq` have its rate. `a-gem` looks at
-as many old rows in a step as new ones; all other parameters of the strategies are their defaults. Settings:
+is chosen for each strategy, once for all settings, orders and seeds: by ACC on TREC, disaster tweets and banking77 in
+turn, on rows that were held out of their training sets; of `RATES`, and while the best is at an end of what was tried,
+of half or twice as much. Plugins of `seq` have its rate. `a-gem` looks at as many old rows in a step as new ones; all
+other parameters of the strategies are their defaults. Settings:
 
 - `tasks` (task-incremental): TREC, Rotten Tomatoes, SMS spam, disaster tweets, banking77, 20 newsgroups (the first 64
   tokens) and SNLI.
 - `valence` (domain-incremental): valence of tweets, of Amazon, film and New York Times texts, which all have the same
   labels; where a row is from is not told.
 - `small` (task-incremental): the tasks of `tasks`, LoRA on query and value alone, a third of a percent of the base.
+- `probed` (task-incremental): the tasks of `tasks`; each head starts at the best linear one and learns at the rate of
+  all else, which is chosen anew.
 - `classes` (class-incremental): banking77 in seven tasks of eleven intents; only what needs no id at test can do it.
 
 Three orders of the tasks, the first as above, the others drawn; the strategies of `SEEDED` in three seeds too. Each run
@@ -34,8 +37,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +62,14 @@ SEEDED = ("isolated", "seq", "replay", "o-lora", "inflora")
 PARAMETERS: Mapping[str, Mapping[str, Any]] = {"a-gem": {"batch": 8}}
 INTENTS = 11
 RATES = (5e-4, 1e-3, 2e-3)
-HEAD_RATE = 1e-2
+RATE_BOUNDS = (1.25e-4, 4e-3)
 AS = {"single": "isolated", **dict.fromkeys(("replay", "ewc", "lwf", "a-gem", "migu"), "seq")}
 """Strategies that train as another does, or add to it, and have its rate."""
 UNTRIED = ("frozen", "ranpac")
 """Nothing but heads learns."""
-CHOICE, CHOICE_SEED = "choice", 100
+CHOICE_SEED = 100
+HIGH_HEADS: Mapping[str, Any] = {"head_learning_rate": 1e-2}
+PROBED_HEADS: Mapping[str, Any] = {"head_start": "probe"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +81,29 @@ class Setting:
     targets: tuple[str, ...] = ("all",)
     only: tuple[str, ...] = ()
     """Strategies that are run here; none: all."""
+    heads: Mapping[str, Any] = field(default_factory=lambda: HIGH_HEADS)
+    """How heads are trained."""
+    choice: str = "choice"
+    """The setting that rates are chosen in; none: this is one."""
 
 
+CHOSEN = tuple(f"wheel:{name}" for name in ("trec", "disaster", "banking77"))
 SEVEN = tuple(
     f"wheel:{name}" for name in ("trec", "rotten-tomatoes", "sms", "disaster", "banking77", "20newsgroups", "snli")
 )
 LENGTHS = {"wheel:20newsgroups": 64}
 """Texts are cut here where the sample's own limit is longer: they would take most of the time."""
 SETTINGS: Mapping[str, Setting] = {
-    CHOICE: Setting("task", ("wheel:trec", "wheel:disaster", "wheel:banking77")),
+    "choice": Setting("task", CHOSEN, choice=""),
+    "choice-probed": Setting("task", CHOSEN, heads=PROBED_HEADS, choice=""),
     "tasks": Setting("task", SEVEN),
     "small": Setting("task", SEVEN, ("qv",), ("seq", "isolated", "frozen", "single")),
+    "probed": Setting("task", SEVEN, only=("seq", "isolated", "frozen"), heads=PROBED_HEADS, choice="choice-probed"),
     "valence": Setting("domain", tuple(f"wheel:valence-{name}" for name in ("tweets", "amazon", "movie", "nyt"))),
     "classes": Setting("class", tuple(f"intents-{number}.yaml" for number in range(7))),
 }
+MEASURED = tuple(name for name, setting in SETTINGS.items() if setting.choice)
+"""Settings that the results are of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +145,14 @@ def main() -> None:
         run_one(options.folder, Job(**{**given, "budget": Budget(**given["budget"])}))
         return
     budget = Budget(options.rows, options.tests, options.steps)
-    strategies = options.strategies.split(",")
-    trials = [] if options.rate else list(trials_of(strategies, budget))
-    do(options, trials)
-    rates = {name: best_rate(options.folder, [t for t in trials if t.strategy == name]) for name in tuned(trials)}
+    rates, tried = ({}, []) if options.rate else chosen_rates(options, budget)
     jobs = list(jobs_of(options, budget, rates))
     do(options, jobs)
     if options.list:
         return
-    tried = [finished(options.folder, job) for job in trials if is_done(options.folder, job)]
     runs = [finished(options.folder, job) for job in jobs if is_done(options.folder, job)]
-    write_report(runs, tried, None if options.no_write else Path(__file__).parent / "results")
+    trials = [finished(options.folder, job) for job in tried]
+    write_report(runs, trials, None if options.no_write else Path(__file__).parent / "results")
 
 
 def do(options: argparse.Namespace, jobs: Sequence[Job]) -> None:
@@ -159,8 +170,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("graftory-continual"), help="keeps runs and adapters")
-    settings = [name for name in SETTINGS if name != CHOICE]
-    parser.add_argument("--setting", choices=settings, action="append", help="any number of times; by default all")
+    parser.add_argument("--setting", choices=MEASURED, action="append", help="any number of times; by default all")
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--orders", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=3, help="of the strategies that are run in several")
@@ -175,25 +185,43 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def trials_of(strategies: Iterable[str], budget: Budget) -> Iterator[Job]:
-    """What is run to choose rates."""
-    for strategy in dict.fromkeys(AS.get(strategy, strategy) for strategy in strategies):
-        for rate in RATES if strategy not in UNTRIED else ():
-            yield Job(CHOICE, strategy, 0, CHOICE_SEED, rate, budget)
+def chosen_rates(options: argparse.Namespace, budget: Budget) -> tuple[dict[tuple[str, str], float], list[Job]]:
+    """The rate of every strategy in every setting that rates are chosen in, and what was run to choose it."""
+    rates, tried = {}, []
+    for setting in dict.fromkeys(SETTINGS[name].choice for name in options.setting or MEASURED):
+        wanted = [name for name in options.strategies.split(",") if is_wanted(name, setting, options)]
+        for strategy in dict.fromkeys(AS.get(name, name) for name in wanted):
+            trials = [] if strategy in UNTRIED else trials_of(options, setting, strategy, budget)
+            rates[setting, strategy] = best_of(options.folder, trials)
+            tried += trials
+    return rates, tried
 
 
-def tuned(trials: Sequence[Job]) -> tuple[str, ...]:
-    """The strategies that a rate is chosen for."""
-    return tuple(dict.fromkeys(trial.strategy for trial in trials))
+def is_wanted(strategy: str, choice: str, options: argparse.Namespace) -> bool:
+    """Whether a strategy is run in a setting whose rates are chosen there."""
+    settings = [SETTINGS[name] for name in options.setting or MEASURED]
+    return any(own.choice == choice and (not own.only or strategy in own.only) for own in settings)
 
 
-def best_rate(root: Path, trials: Sequence[Job]) -> float:
-    """The rate of a strategy with the highest ACC on held-out rows; of equal ones the lowest.
+def trials_of(options: argparse.Namespace, setting: str, strategy: str, budget: Budget) -> list[Job]:
+    """Try rates until the best is between others, or at a bound; what is done of it."""
+    rates = RATES
+    while True:
+        trials = [Job(setting, strategy, 0, CHOICE_SEED, rate, budget) for rate in rates]
+        do(options, trials)
+        done = [job for job in trials if is_done(options.folder, job)]
+        best = best_of(options.folder, done)
+        if len(done) < len(trials) or best in (*rates[1:-1], *RATE_BOUNDS):
+            return done
+        rates = (best / 2, *rates) if best == rates[0] else (*rates, 2 * best)
+
+
+def best_of(root: Path, trials: Sequence[Job]) -> float:
+    """The rate with the highest ACC on held-out rows; of equal ones the lowest.
 
     Before anything is tried, the highest: so that --list can say what would run.
     """
-    tried = [job for job in trials if is_done(root, job)]
-    return max(tried, key=lambda job: (acc(root, job), -job.rate)).rate if tried else RATES[-1]
+    return max(trials, key=lambda job: (acc(root, job), -job.rate)).rate if trials else RATES[-1]
 
 
 def acc(root: Path, job: Job) -> float:
@@ -201,14 +229,14 @@ def acc(root: Path, job: Job) -> float:
     return load_report(job.folder(root) / "run").summary.acc
 
 
-def jobs_of(options: argparse.Namespace, budget: Budget, rates: Mapping[str, float]) -> Iterator[Job]:
+def jobs_of(options: argparse.Namespace, budget: Budget, rates: Mapping[tuple[str, str], float]) -> Iterator[Job]:
     """All runs; strategies that cannot do a scenario have none there."""
-    for setting in options.setting or [name for name in SETTINGS if name != CHOICE]:
+    for setting in options.setting or MEASURED:
         for strategy in options.strategies.split(","):
             wanted = not SETTINGS[setting].only or strategy in SETTINGS[setting].only
             if not wanted or SETTINGS[setting].scenario not in strategy_of(strategy).needs.scenarios:
                 continue
-            rate = options.rate or rates.get(AS.get(strategy, strategy), RATES[-1])
+            rate = options.rate or rates[SETTINGS[setting].choice, AS.get(strategy, strategy)]
             for order in range(options.orders):
                 for seed in range(options.seeds if strategy in SEEDED else 1):
                     yield Job(setting, strategy, order, seed, rate, budget)
@@ -232,7 +260,7 @@ def run_one(root: Path, job: Job) -> None:
 def sequence_of(root: Path, job: Job) -> TaskSequence:
     """The sequence of a run; its name is that of the setting, so that runs can be paired."""
     setting = SETTINGS[job.setting]
-    train: dict[str, Any] = {"batch_size": 8, "learning_rate": job.rate, "head_learning_rate": HEAD_RATE}
+    train: dict[str, Any] = {"batch_size": 8, "learning_rate": job.rate, **setting.heads}
     if job.strategy == "joint":
         # its rows grow with the tasks: as many steps a task as the others
         train["epochs"] = 8 * job.budget.steps / job.budget.rows
@@ -260,7 +288,7 @@ def tasks_of(root: Path, job: Job) -> tuple[str, ...]:
     if job.setting == "classes":
         files = {Path(file).name: file for file in split_intents(root / "intents", INTENTS)}
         return tuple(files[task] for task in tasks)
-    if job.setting == CHOICE:
+    if not SETTINGS[job.setting].choice:
         folder = root / f"held-out-{job.budget.rows}-{job.budget.tests}"
         return tuple(held_out(folder, task, job.budget.rows, job.budget.tests, CHOICE_SEED) for task in tasks)
     return tuple(shortened(root / "shortened", task, LENGTHS[task]) if task in LENGTHS else task for task in tasks)

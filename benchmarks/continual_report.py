@@ -62,13 +62,10 @@ def markdown(runs: Sequence[CostedRun], tried: Sequence[CostedRun]) -> str:
         if differences:
             lines += ["", f"Paired differences to `{REFERENCE}`, points:", "", *table(difference_rows(differences))]
         lines += ["", "Cost, means over runs:", "", *table(cost_rows(own))]
-    if tried:
-        lines += [
-            "",
-            "## Learning rates: ACC on held-out rows of three tasks in turn, one seed",
-            "",
-            *table(rate_rows(tried)),
-        ]
+    for setting in dict.fromkeys(run.setting for run in tried):
+        own = [run for run in tried if run.setting == setting]
+        lines += ["", f"## Learning rates, `{setting}`: ACC on held-out rows of three tasks in turn, one seed", ""]
+        lines += table(rate_rows(own))
     return "\n".join(lines) + "\n"
 
 
