@@ -175,12 +175,15 @@ class Router:
         """
         view, shrinkage = self.view, self.settings.shrinkage
         self._check(features, "features")
-        scores = view.scores(self._of(view, features), shrinkage)
-        best = scores.log.argmax(1)
-        distance = scores.distance.gather(1, best[:, None])[:, 0]
+        own = self._of(view, features)
+        scores = view.scores(own, shrinkage)
+        best = scores.argmax(1)
+        distance = torch.empty(len(own), dtype=torch.float64)
+        for task in best.unique().tolist():
+            distance[best == task] = view.distances(task, own[best == task], shrinkage)
         # a row exactly on the bound is inside; the margin absorbs rounding of the same row computed twice
         foreign = distance > view.bounds(shrinkage, self.settings.quantile)[best] * (1 + 1e-9)
-        return Choice(torch.where(foreign, torch.full_like(best, ABSTAIN), best), scores.log, distance)
+        return Choice(torch.where(foreign, torch.full_like(best, ABSTAIN), best), scores, distance)
 
     def _check(self, features: Tensor, what: str) -> None:
         if features.dim() != 3 or features.shape[1] != len(self.layers) or len(features) == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,16 +29,6 @@ class RoutedTask:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scores:
-    """N rows against T tasks."""
-
-    log: Tensor
-    """log Σ_c π_c exp(fᵀΣ⁻¹μ_c − ½ μ_cᵀΣ⁻¹μ_c) over the centroids c of each task, [N, T]."""
-    distance: Tensor
-    """Squared Mahalanobis distance to the nearest centroid of each task, [N, T]."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class View:
     """All that routing by these features needs. Adding a task touches no other: its centroids are appended and its
     scatter is added to a running sum.
@@ -53,6 +43,8 @@ class View:
     """Rows in the scatter."""
     right: int = 0
     """How many held-out rows, each scored once, when its task arrived, went to their task."""
+    _factors: dict[float, Tensor] = field(init=False, default_factory=dict, repr=False)
+    """What `factor` has computed, by shrinkage."""
 
     def add(
         self,
@@ -101,14 +93,14 @@ class View:
         )
         if validation is None or len(validation) == 0:
             return grown
-        scores = grown.scores(validation, shrinkage)
-        grown = replace(grown, right=self.right + int((scores.log.argmax(1) == len(self.tasks)).sum()))
+        newest = len(self.tasks)
+        right = int((grown.scores(validation, shrinkage).argmax(1) == newest).sum())
         if quantile == 1:
-            return grown
+            return replace(grown, right=self.right + right)
         kept = max(_TAIL_ROWS, 2 * _outside(quantile, len(validation)) + 1)
-        farthest = scores.distance[:, -1].argsort(descending=True)[:kept]
+        farthest = grown.distances(newest, validation, shrinkage).argsort(descending=True)[:kept]
         bounded = replace(task, tail=validation[farthest], validated=len(validation))
-        return replace(grown, tasks=(*self.tasks, bounded))
+        return replace(grown, tasks=(*self.tasks, bounded), right=self.right + right)
 
     def covariance(self, shrinkage: float) -> Tensor:
         """Σ = S/N + shrinkage · tr(S/N)/d · I, the pooled within-centroid scatter, shrunk, [d, d].
@@ -122,36 +114,47 @@ class View:
         pooled.diagonal().add_(shrinkage * pooled.diagonal().mean())
         return pooled
 
+    def factor(self, shrinkage: float) -> Tensor:
+        """L of Σ = L Lᵀ, lower triangular, [d, d]; computed once."""
+        if shrinkage not in self._factors:
+            self._factors[shrinkage] = torch.linalg.cholesky(self.covariance(shrinkage))
+        return self._factors[shrinkage]
+
     def bounds(self, shrinkage: float, quantile: float) -> Tensor:
         """Each task's squared distance beyond which a row is foreign, under the present scatter, [T]; see `bound`."""
-        lower = torch.linalg.cholesky(self.covariance(shrinkage))
         bounds = []
-        for task in self.tasks:
-            distances = _distances(task.tail.double(), task, lower) if len(task.tail) else None
+        for number, task in enumerate(self.tasks):
+            distances = self.distances(number, task.tail, shrinkage) if len(task.tail) else None
             bounds.append(float("inf") if distances is None else bound(distances, task.validated, quantile))
         return torch.tensor(bounds, dtype=torch.float64)
 
-    def scores(self, features: Tensor, shrinkage: float) -> Scores:
-        """Score rows against all tasks.
+    def scores(self, features: Tensor, shrinkage: float) -> Tensor:
+        """log Σ_c π_c exp(fᵀΣ⁻¹μ_c − ½ μ_cᵀΣ⁻¹μ_c) over the centroids c of each task, [N, T].
 
         Args:
-            features: [N, d].
+            features: f, [N, d].
             shrinkage: See `covariance`.
 
         Raises:
             ShapeError: If the width is another.
         """
-        covariance = self.covariance(shrinkage)
-        if features.dim() != 2 or features.shape[1] != len(covariance):
-            raise ShapeError(f"features: got {tuple(features.shape)}, wanted [rows, {len(covariance)}]")
-        lower, features = torch.linalg.cholesky(covariance), features.double()
-        log, distance = [], []
+        lower = self.factor(shrinkage)
+        if features.dim() != 2 or features.shape[1] != len(lower):
+            raise ShapeError(f"features: got {tuple(features.shape)}, wanted [rows, {len(lower)}]")
+        found = []
         for task in self.tasks:
             weights = torch.cholesky_solve(task.centroids.T, lower)
-            linear = features @ weights - 0.5 * (task.centroids.T * weights).sum(0)
-            log.append((linear + task.shares.log()).logsumexp(1))
-            distance.append(_distances(features, task, lower))
-        return Scores(torch.stack(log, 1), torch.stack(distance, 1))
+            linear = features.double() @ weights - 0.5 * (task.centroids.T * weights).sum(0)
+            found.append((linear + task.shares.log()).logsumexp(1))
+        return torch.stack(found, 1)
+
+    def distances(self, task: int, features: Tensor, shrinkage: float) -> Tensor:
+        """The least (f − μ)ᵀ Σ⁻¹ (f − μ) over the centroids of a task for every row, [N]."""
+        lower = self.factor(shrinkage)
+        white = torch.linalg.solve_triangular(lower, features.double().T, upper=False).T
+        centres = torch.linalg.solve_triangular(lower, self.tasks[task].centroids.T, upper=False).T
+        # the direct form: squared norms and products would cancel for rows that lie on a centroid
+        return torch.stack([(white - centre).square().sum(1) for centre in centres], 1).amin(1)
 
 
 def bound(tail: Tensor, rows: int, quantile: float) -> float:
@@ -179,11 +182,3 @@ def bound(tail: Tensor, rows: int, quantile: float) -> float:
 def _outside(quantile: float, rows: int) -> int:
     """How many validation rows lie outside the bound."""
     return int((1 - quantile) * rows + 1e-9)
-
-
-def _distances(features: Tensor, task: RoutedTask, lower: Tensor) -> Tensor:
-    """The least (f − μ)ᵀ Σ⁻¹ (f − μ) over a task's centroids for every row, [N]; Σ = L Lᵀ."""
-    white = torch.linalg.solve_triangular(lower, features.T, upper=False).T
-    centres = torch.linalg.solve_triangular(lower, task.centroids.T, upper=False).T
-    # the direct form: squared norms and products would cancel for rows that lie on a centroid
-    return torch.stack([(white - centre).square().sum(1) for centre in centres], 1).amin(1)

@@ -8,7 +8,7 @@ scikit-learn's logistic or ridge regression, on features that are computed once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,19 +49,20 @@ def start_head(trainer: AdapterTrainer, owner: str, kind: TaskKind, rows: Sequen
     probe = None
     if processes.is_first():
         targets = torch.tensor([row["labels"] for row in rows])
-        probe = linear_probe(kind, _features(trainer, rows, width), targets, outputs, intercept=bias in before)
+        with counted("fitting the head", len(rows)) as advance:
+            features = _features(trainer, rows, width, advance)
+            probe = linear_probe(kind, features, targets, outputs, intercept=bias in before)
     # all processes start at the same numbers, whatever each would have rounded them to
     probe = processes.from_first(probe)
     adapted.replace_head(owner, before if probe is None else before | dict(zip((weight, bias), probe, strict=False)))
 
 
-def _features(trainer: AdapterTrainer, rows: Sequence[Example], width: int) -> Tensor:
+def _features(trainer: AdapterTrainer, rows: Sequence[Example], width: int, advance: Callable[[int], None]) -> Tensor:
     """What the head's last layer reads of each row, as training will run it but for dropout, [rows, width] fp64."""
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
     features = torch.empty(len(rows), width, dtype=torch.float64)
-    with counted("where the head starts", len(rows)) as advance:
-        for start in range(0, len(order), _BATCH):
-            part = order[start : start + _BATCH]
-            features[part] = trainer.logits([rows[row] for row in part]).double().cpu()
-            advance(len(part))
+    for start in range(0, len(order), _BATCH):
+        part = order[start : start + _BATCH]
+        features[part] = trainer.logits([rows[row] for row in part]).double().cpu()
+        advance(len(part))
     return features

@@ -187,7 +187,9 @@ def _start(loaded: LoadedBase, task: TaskFile, rows: Rows, config: AdapterConfig
 
 def _brings_head(init: Adapter | None, wanted: Adapter) -> bool:
     """Whether an adapter has a head for the labels of another."""
-    before, now = init.spec.task if init else None, wanted.spec.task
+    if init is None or not init.head_tensors():
+        return False
+    before, now = init.spec.task, wanted.spec.task
     return before is not None and now is not None and (before.kind, before.labels) == (now.kind, now.labels)
 
 
