@@ -205,7 +205,7 @@ def is_wanted(strategy: str, choice: str, options: argparse.Namespace) -> bool:
 
 def trials_of(options: argparse.Namespace, setting: str, strategy: str, budget: Budget) -> list[Job]:
     """Try rates until the best is between others, or at a bound; what is done of it."""
-    rates = RATES
+    rates: tuple[float, ...] = RATES
     while True:
         trials = [Job(setting, strategy, 0, CHOICE_SEED, rate, budget) for rate in rates]
         do(options, trials)
