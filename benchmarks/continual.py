@@ -188,19 +188,23 @@ def arguments() -> argparse.Namespace:
 def chosen_rates(options: argparse.Namespace, budget: Budget) -> tuple[dict[tuple[str, str], float], list[Job]]:
     """The rate of every strategy in every setting that rates are chosen in, and what was run to choose it."""
     rates, tried = {}, []
-    for setting in dict.fromkeys(SETTINGS[name].choice for name in options.setting or MEASURED):
-        wanted = [name for name in options.strategies.split(",") if is_wanted(name, setting, options)]
-        for strategy in dict.fromkeys(AS.get(name, name) for name in wanted):
-            trials = [] if strategy in UNTRIED else trials_of(options, setting, strategy, budget)
-            rates[setting, strategy] = best_of(options.folder, trials)
-            tried += trials
+    runs = runs_of(options)
+    for setting, strategy in dict.fromkeys((SETTINGS[own].choice, AS.get(name, name)) for own, name in runs):
+        trials = [] if strategy in UNTRIED else trials_of(options, setting, strategy, budget)
+        rates[setting, strategy] = best_of(options.folder, trials)
+        tried += trials
     return rates, tried
 
 
-def is_wanted(strategy: str, choice: str, options: argparse.Namespace) -> bool:
-    """Whether a strategy is run in a setting whose rates are chosen there."""
-    settings = [SETTINGS[name] for name in options.setting or MEASURED]
-    return any(own.choice == choice and (not own.only or strategy in own.only) for own in settings)
+def runs_of(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Settings and strategies that are run there; strategies that cannot do a scenario are not."""
+    return [
+        (name, strategy)
+        for name in options.setting or MEASURED
+        for strategy in options.strategies.split(",")
+        if not SETTINGS[name].only or strategy in SETTINGS[name].only
+        if SETTINGS[name].scenario in strategy_of(strategy).needs.scenarios
+    ]
 
 
 def trials_of(options: argparse.Namespace, setting: str, strategy: str, budget: Budget) -> list[Job]:
@@ -230,16 +234,12 @@ def acc(root: Path, job: Job) -> float:
 
 
 def jobs_of(options: argparse.Namespace, budget: Budget, rates: Mapping[tuple[str, str], float]) -> Iterator[Job]:
-    """All runs; strategies that cannot do a scenario have none there."""
-    for setting in options.setting or MEASURED:
-        for strategy in options.strategies.split(","):
-            wanted = not SETTINGS[setting].only or strategy in SETTINGS[setting].only
-            if not wanted or SETTINGS[setting].scenario not in strategy_of(strategy).needs.scenarios:
-                continue
-            rate = options.rate or rates[SETTINGS[setting].choice, AS.get(strategy, strategy)]
-            for order in range(options.orders):
-                for seed in range(options.seeds if strategy in SEEDED else 1):
-                    yield Job(setting, strategy, order, seed, rate, budget)
+    """All runs."""
+    for setting, strategy in runs_of(options):
+        rate = options.rate or rates[SETTINGS[setting].choice, AS.get(strategy, strategy)]
+        for order in range(options.orders):
+            for seed in range(options.seeds if strategy in SEEDED else 1):
+                yield Job(setting, strategy, order, seed, rate, budget)
 
 
 def run_one(root: Path, job: Job) -> None:

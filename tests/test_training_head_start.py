@@ -14,6 +14,7 @@ from torch.nn import functional
 from graftory.adapter import Adapter
 from graftory.adapters import attach
 from graftory.config import AdapterConfig, BottleneckConfig, LoraConfig, PrefixConfig
+from graftory.data import Rows
 from graftory.errors import ConfigError, RouteError, ShapeError
 from graftory.training import Hooks, LoadedBase, TrainSettings, load_base, train
 from graftory.training.company import Company, OtherTask, head_of
@@ -116,6 +117,26 @@ def gpt2_features(loaded: LoadedBase, texts: list[str]) -> Tensor:
         return torch.cat([loaded.model.base_model(row).last_hidden_state[:, -1] for row in rows]).double()
 
 
+def read_with(loaded: LoadedBase, adapter: Adapter, rows: Rows) -> Tensor:
+    """What a BERT's head reads of rows with an adapter in it."""
+    adapted = attach(loaded.model, {"own": adapter})
+    adapted.eval()
+    with adapted.route("own"):
+        features = bert_features(loaded, texts_of(rows))
+    adapted.detach()
+    return features
+
+
+def texts_of(rows: Rows) -> list[str]:
+    return [str(text) for text in rows.texts]
+
+
+def slope(features: Tensor, rows: Rows, made: Adapter) -> float:
+    """How steep the loss is where a BERT's head is."""
+    targets = torch.tensor([int(target) for target in rows.targets])
+    return steepness(features, targets, made.tensors["classifier.weight"], made.tensors["classifier.bias"])
+
+
 @pytest.mark.parametrize(
     ("family", "features_of", "bias"),
     [("bert", bert_features, "classifier.bias"), ("gpt2", gpt2_features, None)],
@@ -135,7 +156,7 @@ def test_a_head_starts_at_the_probe_of_what_the_base_says(
     weight = next(tensor for key, tensor in head.items() if key.endswith("weight"))
     own = None if bias is None else head[bias]
     assert len(head) == (1 if bias is None else 2)
-    features = features_of(loaded, [str(text) for text in rows.texts])
+    features = features_of(loaded, texts_of(rows))
     targets = torch.tensor([int(target) for target in rows.targets])
     assert steepness(features, targets, weight, own) < 5e-3
     random = train(loaded, tiny_task("classification"), rows, config, replace(STILL, head_start="random"), name="tiny")
@@ -163,15 +184,8 @@ def test_what_a_prefix_changes_is_in_the_features(tmp_path: Path) -> None:
     loaded, task = tiny_base("classification", tmp_path), tiny_task("classification")
     rows = tiny_rows("classification", 60)
     made = train(loaded, task, rows, PrefixConfig(length=4), STILL, name="tiny")
-    bare = bert_features(loaded, [str(text) for text in rows.texts])
-    adapted = attach(loaded.model, {"tiny": made})
-    adapted.eval()
-    with adapted.route("tiny"):
-        features = bert_features(loaded, [str(text) for text in rows.texts])
-    adapted.detach()
-    targets = torch.tensor([int(target) for target in rows.targets])
-    weight, bias = made.tensors["classifier.weight"], made.tensors["classifier.bias"]
-    assert steepness(features, targets, weight, bias) < 5e-3 < steepness(bare, targets, weight, bias)
+    bare = bert_features(loaded, texts_of(rows))
+    assert slope(read_with(loaded, made, rows), rows, made) < 5e-3 < slope(bare, rows, made)
 
 
 def test_a_head_that_has_learnt_stays(tmp_path: Path) -> None:
@@ -183,9 +197,7 @@ def test_a_head_that_has_learnt_stays(tmp_path: Path) -> None:
     assert not torch.equal(fresh.tensors["classifier.weight"], first.tensors["classifier.weight"])
     other = tiny_rows("classification", labels=5)
     anew = train(loaded, task, other, LoraConfig(), STILL, name="tiny", init=first)
-    features = bert_features(loaded, [str(text) for text in other.texts])
-    targets = torch.tensor([int(target) for target in other.targets])
-    assert steepness(features, targets, anew.tensors["classifier.weight"], anew.tensors["classifier.bias"]) < 5e-3
+    assert slope(bert_features(loaded, texts_of(other)), other, anew) < 5e-3
 
 
 def test_fresh_heads_in_company_start_at_their_own_rows(tmp_path: Path) -> None:
@@ -200,12 +212,7 @@ def test_fresh_heads_in_company_start_at_their_own_rows(tmp_path: Path) -> None:
         loaded, task, rows, LoraConfig(rank=2), STILL, name="tiny", company=replace(company, fresh=("other",))
     )
     for adapter, own in ((started.adapter, rows), (started.heads["other"], others)):
-        features = bert_features(loaded, [str(text) for text in own.texts])
-        targets = torch.tensor([int(target) for target in own.targets])
-        assert (
-            steepness(features, targets, adapter.tensors["classifier.weight"], adapter.tensors["classifier.bias"])
-            < 5e-3
-        )
+        assert slope(bert_features(loaded, texts_of(own)), own, adapter) < 5e-3
 
 
 def test_the_route_of_the_training_is_the_features_route(tmp_path: Path) -> None:
@@ -216,19 +223,13 @@ def test_the_route_of_the_training_is_the_features_route(tmp_path: Path) -> None
     made = train_in_company(
         loaded, task, rows, LoraConfig(rank=2), STILL, name="tiny", hooks=hooks, company=Company(adapters={"old": old})
     ).adapter
-    adapted = attach(loaded.model, {"old": old})
-    adapted.eval()
-    with adapted.route("old"):
-        features = bert_features(loaded, [str(text) for text in rows.texts])
-    adapted.detach()
-    targets = torch.tensor([int(target) for target in rows.targets])
-    assert steepness(features, targets, made.tensors["classifier.weight"], made.tensors["classifier.bias"]) < 5e-3
+    assert slope(read_with(loaded, old, rows), rows, made) < 5e-3
 
 
 def test_numbers_start_at_ridge_regression(tmp_path: Path) -> None:
     loaded, task, rows = tiny_base("regression", tmp_path), tiny_task("regression"), tiny_rows("regression", 60)
     made = train(loaded, task, rows, LoraConfig(rank=2), STILL, name="tiny")
-    features = bert_features(loaded, [str(text) for text in rows.texts])
+    features = bert_features(loaded, texts_of(rows))
     targets = torch.tensor([float(target) for target in rows.targets])
     wanted = linear_probe("regression", features, targets, 1, intercept=True)
     assert wanted is not None

@@ -103,6 +103,7 @@ def train_in_company(
         CorruptAdapterError: If an adapter of the company changed, though it is frozen.
     """
     adapter = _start(loaded, task, rows, config, init)
+    _check_head(settings, adapter)
     examples = company.examples(loaded, encoded(loaded, task, rows))
     way = adapter.spec.config
     adapted = AdaptedModel(loaded.model, loaded.base)
@@ -115,7 +116,6 @@ def train_in_company(
         recipe = recipe_of(Scene(adapted, name, task.kind, examples, loaded.tokenizer.pad_token_id, settings))
         # a recipe may have put another adapter in the place of the fresh one
         adapted.train_only(name, *company.heads)
-        _check_head(settings, adapter)
         hooks = _with_head_rate(recipe.joined(hooks), settings)
         if output_dir is not None and not recipe.resumes:
             raise ConfigError(

@@ -15,9 +15,9 @@ Probe = tuple[Tensor, Tensor]
 """z = W f + b: W [outputs, width] and b [outputs], fp32."""
 
 _PARTS = 5
-"""C is chosen by the loss of a fifth of the rows under what the others have fitted, """
+"""C is chosen by the loss of one part of the rows under what the others have fitted."""
 _FEW = 500
-"""... and of fewer rows than that by each fifth in turn."""
+"""Of fewer rows than that each part is held out in turn."""
 _STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """C of the logistic regression on features of mean variance 1: a small one draws the weights to 0."""
 _ALPHAS = tuple(10.0**power for power in range(-3, 4))
