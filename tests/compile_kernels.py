@@ -111,7 +111,7 @@ def compiled(name: str, case: Case) -> dict[str, Any]:
     slices = case.slices if summed(name, case) else 1
     block = expand_block(blocks, slices) if name == "expand" else getattr(blocks, name)
     given: Mapping[str, Any] = {
-        "places": 1, "parts": 1, "unit": 16, "slices": slices,
+        "places": 1, "parts": 1, "unit": 16, "slices": slices, "adding": case.layout == 0 and case.slices == 1,
         "block_m": block.m, "block_r": blocks.r, "block_d": block.d,
         "precision": "ieee", "upcast": False, **dict.fromkeys(UNIT[name][case.layout], 1),
         **({} if apart(name, case) else {"columns": None}),

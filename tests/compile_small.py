@@ -68,9 +68,9 @@ KERNELS = {
         {**LORA, "hidden": "*fp32", "scale": "*fp32", "weight": "*fp32", "out": "*{}"},
         decoding("expand"),
         (
-            {"m_rank": 1, "columns": None, "weight": None},
-            {"m_rank": 1},
-            {"m_column": 1, "slices": 3, "columns": None, "weight": None},
+            {"m_rank": 1, "columns": None, "weight": None, "adding": True},
+            {"m_rank": 1, "adding": False},
+            {"m_column": 1, "slices": 3, "columns": None, "weight": None, "adding": False},
         ),
     ),
     "scale.scale": Small(

@@ -110,6 +110,18 @@ def test_gradients_are_the_same_bits_every_time(adapters: int) -> None:
         torch.set_num_threads(threads)
 
 
+def test_a_routing_knows_a_batch_of_one_adapter() -> None:
+    """On the CPU it looks; what it is told, as on a GPU, it takes without looking."""
+    ones, some, mixed = torch.zeros(3, dtype=torch.long), torch.tensor([0, -1]), torch.zeros(3, 2, dtype=torch.long)
+    assert Routing(ones).one_for_all(1)
+    assert not Routing(ones).one_for_all(2)
+    assert not Routing(some).one_for_all(1)
+    assert not Routing(mixed).one_for_all(1)
+    there = Routing(ones.to("meta"))
+    assert not there.one_for_all(1)
+    assert Routing(ones.to("meta"), full=True).one_for_all(1)
+
+
 def test_a_routing_keeps_the_tiles_of_few_shapes_and_gives_the_same_again() -> None:
     routing = Routing(torch.tensor([1, -1, 0]))
     first = routing.tiles(4, 2, 16)

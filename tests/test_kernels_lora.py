@@ -192,7 +192,7 @@ def test_what_it_is_added_to_gives_its_memory(learns: bool) -> None:
 def test_what_it_is_added_to_keeps_its_dtype() -> None:
     given = CASES["some none"]
     plain = torch.randn(7, 3, 20, generator=torch.Generator().manual_seed(1))
-    y = batched_lora(given.x, given.a, given.b, given.scale, given.index, onto=plain)
+    y = batched_lora(given.x, given.a, given.b, given.scale, given.index, onto=plain.clone())
     assert y.dtype == torch.float32
     torch.testing.assert_close(y.double(), plain.double() + run(given), atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"onto: got \(7, 3, 19\), wanted \(7, 3, 20\)"):

@@ -258,7 +258,6 @@ SHIFTS = {
     "out += first_column\n": "out += 0 * first_column\n",
     "* unit - first_column": "* unit",
     "tl.load(columns + slice_ + 1)": "tl.load(columns + slice_)",
-    f"if {IDLE}:": "if width > 0:",
     f"({IDLE})": "(width > 0)",
     f"tl.where({IDLE}, end, start)": "end",
 }

@@ -2,6 +2,7 @@
 
     python benchmarks/kernels                        # models and linears on the CPU; resumable
     python benchmarks/kernels --part gpu             # the kernels on a GPU, beside vLLM's if that is installed
+    python benchmarks/kernels --part gpu-models      # models on a GPU
     python benchmarks/kernels --part models --tokens 1 --adapters 32 --no-write   # a quick look
 
 Rank 8, fp32, random weights. Every figure is the lower quartile of repeats that are interleaved with those
@@ -12,6 +13,7 @@ of its peers.
   base, PEFT with one adapter for the batch, and PEFT's mixed batch (`adapter_names`), which raises in training mode, so
   that there its users' way is taken: one batch an adapter. `one` is graftory with one adapter for the batch, `held` a
   mixed batch whose route was put in force before, as in `generate`.
+- `gpu-models`: the same on a GPU in bf16, of hidden size 384 and 4096 (2 layers), 32 rows of 1 and 64 tokens.
 - `linears`: one frozen linear layer, d = 384, 64 rows of 32 tokens, all adapters learning. Peers: a loop over
   adapters, and gather and batched products, both through autograd.
 - `gpu`: bf16, d = 4096, ranks 8 to 128, 1 to 8192 tokens, 1 to 256 adapters; the device's own time for a graph of the
@@ -27,7 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ import torch
 from kernels_gpu import measure_gpu
 from kernels_linears import measure_linears
 from kernels_models import measure_models
+from kernels_timing import CPU, GPU
 from rich.console import Console
 from rich.table import Table
 
@@ -42,27 +45,33 @@ from graftory.versions import library_versions
 
 RESULTS = Path(__file__).parents[1] / "results"
 Rows = list[dict[str, Any]]
+PARTS: Mapping[str, Callable[[argparse.Namespace, Rows], Iterator[dict[str, Any]]]] = {
+    "models": lambda options, known: measure_models(CPU, options.sizes, options.tokens, options.adapters, known),
+    "linears": lambda *_: measure_linears(),
+    "gpu": lambda options, known: measure_gpu(options.ranks, known),
+    "gpu-models": lambda options, known: measure_models(GPU, options.sizes, options.tokens, options.adapters, known),
+}
 
 
 def main() -> None:
     """Measure, print ratios, keep the figures."""
     options = parse()
-    file = RESULTS / ("kernels_gpu.json" if options.part == "gpu" else "kernels.json")
+    for part in [options.part] if options.part else ["models", "linears"]:
+        measure(part, options)
+
+
+def measure(part: str, options: argparse.Namespace) -> None:
+    """One part; what is in the results is taken from there."""
+    on_gpu = part.startswith("gpu")
+    file = RESULTS / ("kernels_gpu.json" if on_gpu else "kernels.json")
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    found["machine"] = machine(gpu=options.part == "gpu")
-    known = [] if options.again else found.get("models", [])
-    parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
-        "models": lambda: measure_models(options.sizes, options.tokens, options.adapters, known),
-        "linears": measure_linears,
-        "gpu": lambda: measure_gpu(options.ranks),
-    }
-    for name in [options.part] if options.part else ["models", "linears"]:
-        found[name] = list(known) if name == "models" else []
-        for row in parts[name]():
-            found[name].append(row)
-            if not options.no_write:  # after each, so that one that is broken off goes on
-                file.write_text(json.dumps(found, indent=1) + "\n")
-        print_table(name, found[name])
+    rows: Rows = [] if options.again or part == "linears" else found.get(part, [])
+    found |= {"machine": machine(gpu=on_gpu), part: rows}
+    for row in PARTS[part](options, list(rows)):
+        rows.append(row)
+        if not options.no_write:  # after each, so that one that is broken off goes on
+            file.write_text(json.dumps(found, indent=1) + "\n")
+    print_table(part, rows)
 
 
 def print_table(title: str, rows: Rows) -> None:
@@ -93,12 +102,12 @@ def machine(*, gpu: bool) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("models", "linears", "gpu"))
-    parser.add_argument("--sizes", type=numbers, default=(384, 768))
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--sizes", type=numbers, default=(384, 768), help="384, 768, 4096")
     parser.add_argument("--tokens", type=numbers, default=(1, 16, 64))
     parser.add_argument("--adapters", type=numbers, default=(1, 8, 32, 64))
     parser.add_argument("--ranks", type=numbers, default=(8, 16, 64, 128), help="on a GPU")
-    parser.add_argument("--again", action="store_true", help="measure models anew that are in the results")
+    parser.add_argument("--again", action="store_true", help="measure anew what is in the results")
     parser.add_argument("--no-write", action="store_true")
     return parser.parse_args()
 

@@ -18,7 +18,8 @@ WIDTH = 4096
 TOKENS, COUNTS = (1, 16, 64, 256, 2048, 8192), (1, 8, 64, 256)
 GATHER_TOKENS = 2048
 """Beyond so many, gathering each token's own factors does not fit."""
-REPEATS = 30
+REPEATS, LEAST, SECONDS = 30, 5, 0.2
+"""Of a measurement: fewer where they would take longer than that, as loops over hundreds of adapters do."""
 FORWARD = ("graftory", "vLLM", "loop", "gather")
 TRAINING = ("training, graftory", "training, loop", "training, gather")
 PAIRS = {
@@ -46,8 +47,8 @@ class Batch:
         return self.x, self.a, self.b
 
 
-def measure_gpu(ranks: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Every combination, as it is measured.
+def measure_gpu(ranks: Sequence[int], known: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination that is not known yet, as it is measured.
 
     Raises:
         SystemExit: If there is no GPU.
@@ -56,7 +57,8 @@ def measure_gpu(ranks: Sequence[int]) -> Iterator[dict[str, Any]]:
         sys.exit("error: no GPU here; --part models and --part linears run on the CPU")
     speed = copy_speed()
     grid = [(rank, tokens, count) for rank in ranks for tokens in TOKENS for count in COUNTS if count <= tokens]
-    for cell in track(grid, "kernels"):
+    there = [tuple(row["of"].values()) for row in known]
+    for cell in track([cell for cell in grid if cell not in there], "kernels"):
         yield one(*cell, speed)
 
 
@@ -127,7 +129,8 @@ def microseconds(run: Run) -> float:
     with torch.cuda.graph(graph, stream=stream):
         run()
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+    count = repeats(graph.replay)
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     for start, end in pairs:
         flush.zero_()
         start.record()
@@ -135,18 +138,27 @@ def microseconds(run: Run) -> float:
         end.record()
     torch.cuda.synchronize()
     times: list[float] = sorted(start.elapsed_time(end) for start, end in pairs)
-    return 1000 * times[REPEATS // 2]
+    return 1000 * times[count // 2]
+
+
+def repeats(run: Run) -> int:
+    """How many of these fit."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return max(LEAST, min(REPEATS, int(SECONDS / (time.perf_counter() - begin))))
 
 
 def eager(run: Run) -> float:
     """What a call takes of the wall's clock where many follow each other, without a graph."""
     run()
-    torch.cuda.synchronize()
+    count = repeats(run)
     begin = time.perf_counter()
-    for _ in range(REPEATS):
+    for _ in range(count):
         run()
     torch.cuda.synchronize()
-    return 1e6 * (time.perf_counter() - begin) / REPEATS
+    return 1e6 * (time.perf_counter() - begin) / count
 
 
 def still(call: Run) -> Run:

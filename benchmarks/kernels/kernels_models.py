@@ -8,7 +8,7 @@ from typing import Any
 
 import peft
 import torch
-from kernels_timing import Run, quartiles, ratios
+from kernels_timing import Place, Run, quartiles, ratios
 from rich.progress import track
 from torch import Tensor
 from transformers import BertConfig, BertModel
@@ -16,7 +16,8 @@ from transformers import BertConfig, BertModel
 from graftory import AdaptedModel, LoraConfig, attach, base_of, new_adapter
 
 ROWS, RANK = 32, 8
-LAYERS = {384: 6, 768: 2}
+SHAPES = {384: (6, 12), 768: (2, 12), 4096: (2, 32)}
+"""Layers and heads by hidden size."""
 TARGETS = {"qv": ["query", "value"], "all": ["query", "key", "value", "dense"]}
 FORWARD = {
     "mixed / PEFT one": ("mixed", "PEFT one"),
@@ -31,7 +32,7 @@ FORWARD = {
 
 
 def measure_models(
-    sizes: Sequence[int], tokens: Sequence[int], counts: Sequence[int], known: Sequence[dict[str, Any]]
+    place: Place, sizes: Sequence[int], tokens: Sequence[int], counts: Sequence[int], known: Sequence[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Every combination that is not known yet, as it is measured."""
     grid = [
@@ -43,17 +44,21 @@ def measure_models(
     ]
     there = [row["of"] for row in known]
     for of in track([of for of in grid if of not in there], "models"):
-        yield one(of)
+        yield one(of, place)
 
 
-def one(of: dict[str, Any]) -> dict[str, Any]:
+def one(of: dict[str, Any], place: Place) -> dict[str, Any]:
     """One combination."""
     size, targets, tokens, count = of.values()
     names = [f"a{number}" for number in range(count)]
-    batch = batch_of(ROWS, tokens)
-    adapted, model, base = ours(size, targets, names), theirs(size, targets, names), make_base(size)
+    batch = place.moved(batch_of(ROWS, tokens))
+    adapted, model, base = (
+        ours(size, targets, names, place),
+        theirs(size, targets, names, place),
+        make_base(size, place),
+    )
     rows = [names[row % count] for row in range(ROWS)]
-    held = ours(size, targets, names)
+    held = ours(size, targets, names, place)
     route = held.route(rows)
     runs: dict[str, Run] = {
         "base": still(lambda: base(**batch)),
@@ -64,8 +69,8 @@ def one(of: dict[str, Any]) -> dict[str, Any]:
         "PEFT mixed": still(lambda: model(**batch, adapter_names=rows)),
     }
     with route:
-        times = quartiles(runs)
-    times |= quartiles(trainings(adapted, model, rows, batch))
+        times = quartiles(runs, place)
+    times |= quartiles(trainings(adapted, model, rows, batch), place)
     return {"of": of, "milliseconds": {k: round(v, 3) for k, v in times.items()}, "ratios": ratios(times, FORWARD)}
 
 
@@ -121,13 +126,14 @@ def mine(rows: Sequence[str], name: str) -> list[int]:
     return [number for number, row in enumerate(rows) if row == name]
 
 
-def make_base(size: int) -> Any:
+def make_base(size: int, place: Place) -> Any:
     """A random model; the same at every call."""
     torch.manual_seed(0)
+    layers, heads = SHAPES[size]
     config = BertConfig(
-        hidden_size=size, num_hidden_layers=LAYERS[size], num_attention_heads=12, intermediate_size=4 * size
+        hidden_size=size, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * size
     )
-    return BertModel(config, add_pooling_layer=False).eval()
+    return BertModel(config, add_pooling_layer=False).eval().to(place.device, place.dtype)
 
 
 def batch_of(rows: int, tokens: int) -> dict[str, Tensor]:
@@ -136,17 +142,17 @@ def batch_of(rows: int, tokens: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def ours(size: int, targets: str, names: Sequence[str]) -> AdaptedModel:
+def ours(size: int, targets: str, names: Sequence[str], place: Place) -> AdaptedModel:
     """Our model with its adapters."""
-    model, config = make_base(size), LoraConfig(rank=RANK, targets=(targets,))
+    model, config = make_base(size, place), LoraConfig(rank=RANK, targets=(targets,))
     known = base_of(model)
     return attach(model, {name: new_adapter(model, config, base=known) for name in names}).eval()
 
 
-def theirs(size: int, targets: str, names: Sequence[str]) -> Any:
+def theirs(size: int, targets: str, names: Sequence[str], place: Place) -> Any:
     """PEFT's."""
     config = peft.LoraConfig(r=RANK, target_modules=TARGETS[targets], init_lora_weights=False)
-    model = peft.get_peft_model(make_base(size), config, adapter_name=names[0])
+    model = peft.get_peft_model(make_base(size, place), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
     return model.eval()

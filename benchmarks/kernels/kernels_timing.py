@@ -5,13 +5,39 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 Run = Callable[[], object]
-WARM_UP, LEAST, MOST, SECONDS = 1, 4, 60, 6.0
+WARM_UP, LEAST, MOST = 1, 4, 60
 
 
-def quartiles(runs: Mapping[str, Run]) -> dict[str, float]:
-    """Milliseconds of each, interleaved so that noise hits all alike: 4 to 60 repeats in about 6 seconds.
+@dataclass(frozen=True)
+class Place:
+    """Where is measured, in what precision, and for about how many seconds."""
+
+    device: str
+    dtype: torch.dtype
+    seconds: float
+
+    def moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors there."""
+        return {name: each.to(self.device) for name, each in batch.items()}
+
+    def settle(self) -> None:
+        """Wait until all that was begun there is done."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+CPU = Place("cpu", torch.float32, 6.0)
+GPU = Place("cuda", torch.bfloat16, 1.0)
+
+
+def quartiles(runs: Mapping[str, Run], place: Place = CPU) -> dict[str, float]:
+    """Milliseconds of each, interleaved so that noise hits all alike: 4 to 60 repeats in about the place's time.
 
     The lower quartile of them: what others do on the machine makes some slower, nothing makes any faster.
     """
@@ -21,9 +47,10 @@ def quartiles(runs: Mapping[str, Run]) -> dict[str, float]:
         for name, run in runs.items():
             start = time.perf_counter()
             run()
+            place.settle()
             if turn >= WARM_UP:
                 times[name].append(1000 * (time.perf_counter() - start))
-        if turn >= WARM_UP + LEAST - 1 and time.perf_counter() - begin > SECONDS:
+        if turn >= WARM_UP + LEAST - 1 and time.perf_counter() - begin > place.seconds:
             break
     return {name: statistics.quantiles(values, n=4)[0] for name, values in times.items()}
 

@@ -36,6 +36,7 @@ class Selection:
         rows: Their numbers, ascending, [E]; None if that is every row.
         index: The number in `slots` of each row's adapters, [E, M]; -1 behind the last of them.
         places: The same as numbers of the site's own places.
+        full: Whether it is known that all rows have as many adapters, so that no index is -1.
         routing: `index` for the kernels, which keep there what they find out about it.
         own_routing: The same of `places`.
         weights: The weight of each, [E, M]; None if all are 1.
@@ -46,12 +47,13 @@ class Selection:
     index: Tensor
     places: Tensor
     weights: Tensor | None
+    full: bool = False
     routing: Routing = field(init=False)
     own_routing: Routing = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "routing", Routing(self.index))
-        object.__setattr__(self, "own_routing", Routing(self.places))
+        object.__setattr__(self, "routing", Routing(self.index, full=self.full))
+        object.__setattr__(self, "own_routing", Routing(self.places, full=self.full))
 
     def take(self, x: Tensor) -> Tensor:
         """The inputs of the rows, [E, ...]."""
@@ -95,6 +97,7 @@ class Selection:
                 index=self.index[picked, at : at + 1],
                 places=self.places[picked, at : at + 1],
                 weights=None if self.weights is None else self.weights[picked, at : at + 1],
+                full=True,
             )
 
     def each(self) -> Iterator[tuple[str, Selection]]:
@@ -114,6 +117,7 @@ class Selection:
                             index=torch.zeros_like(part.index[picked]),
                             places=part.places[picked],
                             weights=None if part.weights is None else part.weights[picked],
+                            full=True,
                         ),
                     )
 
@@ -181,6 +185,7 @@ class Route:
             index=torch.tensor([[number_of[place] for place in row] for row in places], device=device),
             places=torch.tensor(places, device=device),
             weights=_weights(weights, most, device),
+            full=all(len(mixture) in (0, most) for mixture in chosen),
         )
 
 

@@ -26,12 +26,6 @@ def spread(values: Tensor, rank: int) -> Tensor:
     return (values if values.shape[1] == 1 else values.repeat_interleave(rank, 1))[:, None, :]
 
 
-def one_for_all(matrices: Tensor, index: Tensor) -> bool:
-    """Whether every row uses the only adapter there is; a device is not asked, as it would be waited for."""
-    only = matrices.shape[0] == 1 and index.shape[1] == 1
-    return only and index.device.type == "cpu" and not bool((index < 0).any())
-
-
 def gather_in(matrices: Tensor, index: Tensor) -> Tensor:
     """[K, R, D] as [N, M R, D]; zeros where a mixture has no adapter, so that nothing of another one comes in."""
     _, rank, width = matrices.shape

@@ -22,10 +22,12 @@ class Routing:
 
     Args:
         index: Adapter of each row, [N], or adapters, [N, M], int64; -1 for none.
+        full: Whether it is known that no place is without one. On the CPU that is looked up; a GPU would be waited for.
     """
 
-    def __init__(self, index: Tensor) -> None:
+    def __init__(self, index: Tensor, *, full: bool = False) -> None:
         self.index = index
+        self.full = full
         self.places = (index if index.dim() == 2 else index[:, None]).contiguous()
         """[N, M], in one piece."""
         self._tiles: dict[tuple[int, int, int], Tiles] = {}
@@ -33,6 +35,8 @@ class Routing:
     @cached_property
     def unused(self) -> Tensor | None:
         """Which places have no adapter, [N, M]; None where it is known that there are none. See `any_of`."""
+        if self.full:
+            return None
         unused = self.places < 0
         return unused if any_of(unused) else None
 
@@ -40,6 +44,10 @@ class Routing:
     def own(self) -> Tensor | None:
         """The adapter of each row, [N], where it is known that each row has one, and only one."""
         return self.places[:, 0] if self.places.shape[1] == 1 and self.unused is None else None
+
+    def one_for_all(self, adapters: int) -> bool:
+        """Whether it is known that every row uses the only adapter there is: then it takes no gathering."""
+        return adapters == 1 and self.own is not None
 
     def tiles(self, tokens: int, adapters: int, size: int) -> Tiles:
         """The entries, a row's T tokens times its M places, cut for a kernel. See `tiles.cut`."""

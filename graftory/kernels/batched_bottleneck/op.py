@@ -22,7 +22,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """The update, and what the backward needs of it."""
     if backend == "torch":
-        return gathered.forward(inputs, activation)
+        return gathered.forward(inputs, activation, routing)
     from graftory.kernels.batched_bottleneck import launch
 
     return launch.forward(inputs, activation, routing, keep=keep)
@@ -33,7 +33,7 @@ def run_backward(
 ) -> Gradients:
     """The gradients that are needed."""
     if backend == "torch":
-        return gathered.backward(grad, before, inputs, activation, needed)
+        return gathered.backward(grad, before, inputs, activation, routing, needed)
     from graftory.kernels.batched_bottleneck import launch
 
     return launch.backward(grad, before, inputs, activation, routing, needed)

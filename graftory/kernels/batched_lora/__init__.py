@@ -64,11 +64,8 @@ def batched_lora(
     rows, shape = as_rows(x.to(dtype))
     weights = weight if weight is None or weight.dim() == 2 else weight[:, None]
     inputs = Inputs(rows, a.to(dtype), b.to(dtype), scale, routing.places, weights, ranks)
-    chosen = resolved(backend, rows, fits=a.shape[1] <= MAX_RANK, wanted=f"rank {MAX_RANK} at most")
+    alone = rows.is_cuda and routing.one_for_all(k)
+    chosen = resolved(backend, rows, fits=rank <= MAX_RANK, wanted=f"rank {MAX_RANK} at most", alone=alone)
     wanted = (*shape[:-1], b.shape[1])
-    if onto is None:
-        return apply(inputs, routing, chosen).reshape(wanted)
     check_shape("onto", onto, wanted)
-    if onto.dtype != dtype:
-        return onto + apply(inputs, routing, chosen).reshape(wanted).to(onto.dtype)
-    return apply(inputs, routing, chosen, as_rows(onto)[0]).reshape(wanted)
+    return apply(inputs, routing, chosen, None if onto is None else as_rows(onto)[0]).reshape(wanted)

@@ -97,12 +97,14 @@ def expand(
     slices: tl.constexpr,
     parts: tl.constexpr,
     unit: tl.constexpr,
+    adding: tl.constexpr,
     block_r: tl.constexpr,
     block_d: tl.constexpr,
 ) -> None:
     """out[e, d] = s_k w[e] Σ_sr hidden[s, e, r] M_sk[r, d]; exact zeros for entries without an adapter.
 
     The sum is over `slices` of them, 1 with `columns`: then slice s makes its own columns of `out`, from those of M.
+    With `adding` it is added to what is there, in fp32, and entries without an adapter are not touched.
     """
     entry, slice_ = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     place = entry // row_entries * places + entry % places
@@ -112,7 +114,7 @@ def expand(
         width = tl.load(columns + slice_ + 1) * unit - first_column
         factor_matrix += first_column * m_column
         out += first_column
-    if tl.program_id(1) * block_d < width:
+    if (tl.program_id(1) * block_d < width) & ((adapter >= 0) | (not adding)):
         d = tl.program_id(1) * block_d + tl.arange(0, block_d)
         total = tl.zeros((block_d,), dtype=tl.float32)
         if adapter >= 0:
@@ -139,4 +141,7 @@ def expand(
                     other=0.0,
                 )
                 total += tl.sum((row * factor)[:, None] * matrix.to(tl.float32), 0)
-        tl.store(out + entry * out_entry + d, total, mask=(d < width))
+        where = out + entry * out_entry + d
+        if adding:
+            total += tl.load(where, mask=(d < width), other=0.0).to(tl.float32)
+        tl.store(where, total, mask=(d < width))

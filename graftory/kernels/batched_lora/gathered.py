@@ -38,7 +38,7 @@ def forward(inputs: Inputs, routing: Routing, onto: Tensor | None = None) -> tup
     With `onto` it is added to that, in its memory.
     """
     x, a, b, scale, index, weight, _ = inputs
-    if len(a) == 1 and routing.own is not None:
+    if routing.one_for_all(len(a)):
         hidden = x @ a[0].T
         factor = factors(scale, index, weight, x.dtype)[:, :, None]
         return _onto(onto, (hidden * factor) @ b[0].T), hidden.transpose(1, 2)
@@ -69,7 +69,7 @@ def backward(
     x, a, b, scale, index, weight, _ = inputs
     rank, unused = a.shape[1], routing.unused
     factor = _by_unit(factors(scale, index, weight, x.dtype), rank)
-    if len(a) == 1 and routing.own is not None:
+    if routing.one_for_all(len(a)):
         return _backward_of_one(grad, hidden, inputs, factor, needed, leave)
     grad = grad if unused is None else without(grad, unused)
     inner = torch.bmm(gather_out(b, index).transpose(1, 2), grad.transpose(1, 2))

@@ -127,6 +127,7 @@ def expand(
     slices: tl.constexpr,
     parts: tl.constexpr,
     unit: tl.constexpr,
+    adding: tl.constexpr,
     block_m: tl.constexpr,
     block_r: tl.constexpr,
     block_d: tl.constexpr,
@@ -136,6 +137,7 @@ def expand(
     """out[e, d] = s_k w[e] Σ_sr hidden[s, e, r] M_sk[r, d]; exact zeros for entries without an adapter.
 
     The sum is over `slices` of them, 1 with `columns`: then slice s makes its own columns of `out`, from those of M.
+    With `adding` it is added to what is there, in fp32, and entries without an adapter are not touched.
     """
     tile, slice_ = tl.program_id(0), tl.program_id(2).to(tl.int64)
     adapter = tl.load(tile_adapter + tile).to(tl.int64)
@@ -145,7 +147,7 @@ def expand(
         width = tl.load(columns + slice_ + 1) * unit - first_column
         factor_matrix += first_column * m_column
         out += first_column
-    if (start < end) & (tl.program_id(1) * block_d < width):
+    if (start < end) & (tl.program_id(1) * block_d < width) & ((adapter >= 0) | (not adding)):
         position = start + tl.arange(0, block_m)
         inside = position < end
         entry = tl.load(order + position, mask=inside, other=0).to(tl.int64)
@@ -184,11 +186,10 @@ def expand(
                 if upcast:
                     matrix = matrix.to(tl.float32)
                 total = tl.dot(rows.to(matrix.dtype), matrix, total, input_precision=precision)
-        tl.store(
-            out + entry[:, None] * out_entry + d[None, :],
-            total,
-            mask=inside[:, None] & (d < width)[None, :],
-        )
+        where = out + entry[:, None] * out_entry + d[None, :]
+        if adding:
+            total += tl.load(where, mask=inside[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
+        tl.store(where, total, mask=inside[:, None] & (d < width)[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]

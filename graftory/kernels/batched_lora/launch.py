@@ -20,6 +20,8 @@ INTERPRETED = type(kernel.shrink).__name__ == "InterpretedFunction"
 """Whether `TRITON_INTERPRET` was set when the kernels were made: then they run on the CPU, slowly."""
 MAX_PARTS = 32
 """Of a sum: a program of `expand` reads them all."""
+OUTER_PROGRAMS = 512
+"""That keep a GPU busy with `outer`; with fewer, its sums over entries are split."""
 
 
 class Block(NamedTuple):
@@ -43,6 +45,7 @@ class Blocks(NamedTuple):
     programs: int
 
 
+@lru_cache(maxsize=1024)
 def blocks_for(entries: int, adapters: int, rank: int, dtype: torch.dtype) -> Blocks:
     """As they were fastest on an H100, as far as registers last: `tests/test_kernels_compile.py` looks for spills.
 
@@ -71,6 +74,7 @@ def expand_block(blocks: Blocks, slices: int) -> Block:
     return block if slices == 1 or blocks.r < 128 else block._replace(d=min(block.d, 64))
 
 
+@lru_cache(maxsize=256)
 def single_blocks_for(rank: int) -> Blocks:
     """Of the kernels that take one entry at a time; there is no `outer` of them."""
     r = triton.next_power_of_2(rank)
@@ -141,7 +145,7 @@ class Batch:
     @property
     def entries(self) -> int:
         """E = N T M."""
-        return len(self.routing.places) * self.row_entries
+        return self.routing.places.shape[0] * self.row_entries
 
     @property
     def adapter(self) -> Tensor:
@@ -180,12 +184,16 @@ def whole_rank(slices: int, adapters: int, rank: int, device: torch.device) -> T
     return torch.full((slices, adapters), rank, dtype=torch.int32, device=device)
 
 
-def forward(inputs: Inputs, routing: Routing, *, keep: bool) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, routing: Routing, *, keep: bool, onto: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `gathered.forward`; S is [E, R] in fp32, and only made whole if it is to be kept."""
     batch = batch_of(inputs, routing)
     hidden = shrink(batch.tokens, inputs.a[None], batch, split=not keep)
-    update = rows_of(expand(hidden, inputs.b.transpose(1, 2)[None], batch), inputs.x)
-    return update, hidden[0, 0] if keep else hidden.new_empty(0)
+    kept, b = hidden[0, 0] if keep else hidden, inputs.b.transpose(1, 2)[None]
+    if onto is not None and batch.places == 1 and onto.is_contiguous():
+        expand(hidden, b, batch, onto=onto.view(-1, onto.shape[-1]))
+        return onto, kept
+    update = rows_of(expand(hidden, b, batch), inputs.x)
+    return update if onto is None else onto.add_(update), kept
 
 
 def backward(grad: Tensor, hidden: Tensor, inputs: Inputs, routing: Routing, needed: Needed) -> Gradients:
@@ -231,6 +239,11 @@ def rows_of(entries: Tensor, x: Tensor) -> Tensor:
     return total.view(rows, tokens, width)
 
 
+def ceil_div(count: int, size: int) -> int:
+    """How many blocks of a size hold them."""
+    return -(-count // size)
+
+
 def parts_for(tiles: int, blocks: Blocks, width: int) -> int:
     """In how many parts the sum of `shrink` is taken, a power of two: few programs leave a GPU idle."""
     parts = max(1, min(MAX_PARTS, blocks.programs // max(1, tiles), width // blocks.shrink.d))
@@ -242,11 +255,11 @@ def shrink(x: Tensor, matrix: Tensor, batch: Batch, *, split: bool, columns: Col
 
     With `split` it is left in parts, as `expand` takes it; else there is one.
     """
-    entries, slices = batch.entries, len(batch.ranks)
+    entries, slices = batch.entries, batch.ranks.shape[0]
     rank, width = matrix.shape[2], columns.widest if columns else matrix.shape[3]
     blocks = single_blocks_for(rank) if batch.single else batch.blocks
     block = blocks.shrink
-    parts = parts_for(slices * triton.cdiv(entries, block.m), blocks, width)
+    parts = parts_for(slices * ceil_div(entries, block.m), blocks, width)
     out = empty((slices, parts, entries, rank), torch.float32, x.device)
     if not entries:
         return out
@@ -263,7 +276,7 @@ def shrink(x: Tensor, matrix: Tensor, batch: Batch, *, split: bool, columns: Col
         )  # fmt: skip
         return out if split or parts == 1 else out.sum(1, keepdim=True)
     tiles = batch.tiles
-    kernel.shrink[(len(tiles.adapter), parts, slices)](
+    kernel.shrink[(tiles.adapter.shape[0], parts, slices)](
         x, matrix, out, tiles.order, tiles.adapter, tiles.start, tiles.end, *sizes,
         places=batch.places, parts=parts, unit=unit, block_m=block.m, block_r=blocks.r, block_d=block.d,
         precision="ieee", upcast=INTERPRETED, num_warps=block.warps,
@@ -272,16 +285,24 @@ def shrink(x: Tensor, matrix: Tensor, batch: Batch, *, split: bool, columns: Col
 
 
 def expand(
-    hidden: Tensor, matrix: Tensor, batch: Batch, *, columns: Columns | None = None, dtype: torch.dtype | None = None
+    hidden: Tensor,
+    matrix: Tensor,
+    batch: Batch,
+    *,
+    columns: Columns | None = None,
+    dtype: torch.dtype | None = None,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """[E, D] for S in parts and matrices [S, K, R, D], summed over slices; every entry is written.
+
+    Or added to `onto`, [E, D] in one piece, where entries without an adapter keep their bits.
 
     With `columns` the matrices are [1, K, R, D], and slices are side by side in D, as in what is given back.
     """
     slices, parts, entries, rank = hidden.shape
     width = matrix.shape[3]
     blocks = single_blocks_for(rank) if batch.single else batch.blocks
-    out = empty((entries, width), dtype or matrix.dtype, matrix.device)
+    out = empty((entries, width), dtype or matrix.dtype, matrix.device) if onto is None else onto
     if not entries:
         return out
     starts, unit = (columns.starts, columns.unit) if columns else (None, 1)
@@ -292,18 +313,18 @@ def expand(
         0 if columns else matrix.stride(0), *matrix.stride()[1:], width,
     )  # fmt: skip
     block = expand_block(blocks, summed)
-    across = triton.cdiv(columns.widest if columns else width, block.d)
+    across = ceil_div(columns.widest if columns else width, block.d)
     if batch.single:
         decode.expand[(entries, across, apart)](
             hidden, matrix, out, batch.routing.places, *sizes,
-            places=batch.places, slices=summed, parts=parts, unit=unit, block_r=blocks.r, block_d=block.d,
-            num_warps=block.warps,
+            places=batch.places, slices=summed, parts=parts, unit=unit, adding=onto is not None,
+            block_r=blocks.r, block_d=block.d, num_warps=block.warps,
         )  # fmt: skip
         return out
     tiles = batch.tiles
-    kernel.expand[(len(tiles.adapter), across, apart)](
+    kernel.expand[(tiles.adapter.shape[0], across, apart)](
         hidden, matrix, out, tiles.order, tiles.adapter, tiles.start, tiles.end, *sizes,
-        places=batch.places, slices=summed, parts=parts, unit=unit,
+        places=batch.places, slices=summed, parts=parts, unit=unit, adding=onto is not None,
         block_m=block.m, block_r=blocks.r, block_d=block.d,
         precision="ieee", upcast=INTERPRETED, num_warps=block.warps, num_stages=1,
     )  # fmt: skip
@@ -315,11 +336,11 @@ def outer(hidden: Tensor, x: Tensor, out: Tensor, batch: Batch, *, columns: Colu
 
     Here `hidden` is [S, E, R]. With `columns`, x [., D] and `out` [1, K, R, D] hold the slices side by side.
     """
-    tiles, block, slices = batch.tiles, batch.blocks.outer, len(hidden)
+    tiles, block, slices = batch.tiles, batch.blocks.outer, hidden.shape[0]
     _, adapters, rank, width = out.shape
-    across = triton.cdiv(columns.widest if columns else width, block.d)
+    across = ceil_div(columns.widest if columns else width, block.d)
     programs = max(1, slices * adapters * across)
-    parts = max(1, min(8, batch.blocks.programs // programs, len(tiles.order) // (adapters * 8 * block.m)))
+    parts = max(1, min(8, OUTER_PROGRAMS // programs, tiles.order.shape[0] // (adapters * 8 * block.m)))
     partial = out[None] if parts == 1 else empty((parts, *out.shape), torch.float32, out.device)
     starts, unit = (columns.starts, columns.unit) if columns else (None, 1)
     out_part, out_slice, *out_strides = partial.stride()

@@ -23,12 +23,14 @@ def run_forward(
     inputs: Inputs, routing: Routing, backend: str, *, keep: bool, onto: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The update, or what it is added to in that one's memory; and what the backward needs of it."""
+    if backend == "torch" and onto is not None and onto.dtype != inputs.x.dtype:
+        update, hidden = gathered.forward(inputs, routing)
+        return onto.add_(update), hidden
     if backend == "torch":
         return gathered.forward(inputs, routing, onto)
     from graftory.kernels.batched_lora import launch
 
-    update, hidden = launch.forward(inputs, routing, keep=keep)
-    return update if onto is None else onto.add_(update), hidden
+    return launch.forward(inputs, routing, keep=keep, onto=onto)
 
 
 def run_backward(
@@ -70,7 +72,8 @@ class BatchedLora(torch.autograd.Function):
         hidden, *inputs = ctx.saved_tensors
         _, _, onto, x, a, b, _, _, weight, _ = ctx.needs_input_grad
         needed, way = Needed(x, a, b, weight), partial(leave, inputs[0])
-        found = run_backward(grad, hidden, Inputs(*inputs), ctx.routing, ctx.backend, needed, way)
+        mine = grad.to(inputs[0].dtype)  # what it was added to may have another
+        found = run_backward(mine, hidden, Inputs(*inputs), ctx.routing, ctx.backend, needed, way)
         return None, None, grad if onto else None, found.x, found.a, found.b, None, None, found.weight, None
 
 
@@ -135,7 +138,7 @@ def apply(inputs: Inputs, routing: Routing, backend: str, onto: Tensor | None = 
     """The operation, by the way that suits who calls it."""
     if torch.compiler.is_compiling():
         update: Tensor = _op(*inputs, backend)[0]
-        return update if onto is None else onto + update
+        return update if onto is None else onto + update.to(onto.dtype)
     if not learns((onto, *inputs)):
         return run_forward(inputs, routing, backend, keep=False, onto=onto)[0]
     made: Tensor = BatchedLora.apply(routing, backend, onto, *inputs)  # type: ignore[no-untyped-call]
