@@ -59,7 +59,7 @@ class VectorSite(AddingSite[C]):
         del inputs
         used = self.used(bank, selection)
         rows = selection.take(output)
-        return beside(summed(self.vectors(used), used.index, selection.weights), rows).expand_as(rows)
+        return beside(summed(self.vectors(used), used.routing.index, selection.weights), rows).expand_as(rows)
 
 
 def beside(vectors: Tensor, rows: Tensor) -> Tensor:

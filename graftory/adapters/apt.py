@@ -41,7 +41,7 @@ class AptSite(ReadingPrefixSite):
     def vectors(self, used: Used, selection: Selection) -> tuple[Tensor, Tensor]:
         """See `PrefixSite.vectors`: times λ α."""
         keys, values = super().vectors(used, selection)
-        own = used.index[:, 0]
+        own = used.routing.index[:, 0]
         first = self.read(selection)[:, 0].to(keys.dtype)
         token, layer = (tensor[own] for tensor in used.tensors[-2:])
         gates = (layer * torch.sigmoid(torch.einsum("ed,eld->el", first, token)))[..., None]

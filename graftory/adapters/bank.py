@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 
 @dataclass(eq=False)
@@ -30,7 +31,8 @@ class Bank:
     layout: tuple[str | None, ...] = ()
     _whole: dict[str, Tensor] = field(default_factory=dict)
     _views: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
-    _constants: Tensor = field(default_factory=lambda: torch.zeros(2, 0))
+    _scales: Tensor = field(default_factory=lambda: torch.zeros(0))
+    _sizes: Tensor = field(default_factory=lambda: torch.zeros(0))
     _reserved: int = 0
 
     @property
@@ -62,7 +64,8 @@ class Bank:
             row = self._whole[name].data[place].zero_()
             _cut(row, tensors[name].shape).copy_(tensors[name])
             views[name] = nn.Parameter(_cut(self._whole[name][place], tensors[name].shape))
-        self._constants[:, place] = torch.tensor([scale, float(len(tensors[self.parts[0]]))])
+        self._scales[place] = scale
+        self._sizes[place] = len(tensors[self.parts[0]])
         self._views[slot] = views
         self.layout = (*self.layout[:place], slot, *self.layout[place + 1 :])
         return views
@@ -78,11 +81,11 @@ class Bank:
 
     def scales(self) -> Tensor:
         """The scale of every place, [places], fp32."""
-        return self._constants[0]
+        return self._scales
 
     def sizes(self) -> Tensor:
         """The size of every place, [places], fp32; 0 for one that never held an adapter."""
-        return self._constants[1]
+        return self._sizes
 
     def place_of(self, slot: str) -> int:
         """The place of an adapter."""
@@ -144,10 +147,10 @@ class Bank:
                 row.copy_(tensors[name])
                 self._views[slot][name].data = row
             self._whole[name] = whole
-        constants = torch.zeros(2, places, device=everyone[-1][self.parts[0]].device)
-        constants[:, : len(self.layout)] = self._constants.to(constants.device)
-        self._constants = constants
-        self.layout += (None,) * (places - len(self.layout))
+        device, more_places = everyone[-1][self.parts[0]].device, places - len(self.layout)
+        self._scales = functional.pad(self._scales.to(device), (0, more_places))
+        self._sizes = functional.pad(self._sizes.to(device), (0, more_places))
+        self.layout += (None,) * more_places
 
 
 class _Joined(torch.autograd.Function):
@@ -158,10 +161,7 @@ class _Joined(torch.autograd.Function):
         """[places, ...]."""
         # saved for their versions: autograd refuses to go on where one has changed since
         ctx.save_for_backward(*views)
-        first = places[0]
-        if places == list(range(first, first + len(places))):
-            return whole.narrow(0, first, len(places)).detach()
-        return whole.detach().index_select(0, torch.tensor(places, device=whole.device))
+        return picked(whole.detach(), places)
 
     @staticmethod
     @once_differentiable
@@ -170,6 +170,14 @@ class _Joined(torch.autograd.Function):
         needed, views = ctx.needs_input_grad[2:], ctx.saved_tensors
         cut = [_cut(g, view.shape) if need else None for g, view, need in zip(grad, views, needed, strict=True)]
         return None, None, *cut
+
+
+def picked(whole: Tensor, places: list[int]) -> Tensor:
+    """Some places of what all have; a copy, and a list to bring to a GPU, only where they do not follow each other."""
+    first = places[0]
+    if places == list(range(first, first + len(places))):
+        return whole.narrow(0, first, len(places))
+    return whole.index_select(0, torch.tensor(places, device=whole.device))
 
 
 def _cut(tensor: Tensor, shape: Sequence[int]) -> Tensor:

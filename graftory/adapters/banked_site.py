@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from graftory.adapter import Adapter
-from graftory.adapters.bank import Bank
+from graftory.adapters.bank import Bank, picked
 from graftory.adapters.route import Route, Selection
 from graftory.adapters.site import Site, key_of
 from graftory.config import AdapterConfig
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=AdapterConfig)
 
 
-@dataclass(frozen=True, slots=True)
-class Used:
+class Used(NamedTuple):
     """What a batched operation takes.
 
     Attributes:
@@ -40,11 +38,6 @@ class Used:
     scale: Tensor
     routing: Routing
     sizes: Tensor
-
-    @property
-    def index(self) -> Tensor:
-        """The adapters of each row, [E, M]."""
-        return self.routing.index
 
 
 class BankedSite(Site[C]):
@@ -116,33 +109,27 @@ class BankedSite(Site[C]):
         all there is, the adapters that are used.
         """
         used = self._used(bank, selection)
-        dtypes = {tensor.dtype for tensor in used.tensors}
-        if len(dtypes) == 1:
+        first, *others = used.tensors
+        if all(tensor.dtype == first.dtype for tensor in others):
             return used
-        dtype = reduce(torch.promote_types, dtypes)
-        return replace(used, tensors=tuple(tensor.to(dtype) for tensor in used.tensors))
+        dtype = reduce(torch.promote_types, {tensor.dtype for tensor in used.tensors})
+        return used._replace(tensors=tuple(tensor.to(dtype) for tensor in used.tensors))
 
     def _used(self, bank: Bank, selection: Selection) -> Used:
         slots = selection.slots
-        if any(slot in self.made for slot in slots):
+        if self.made and any(slot in self.made for slot in slots):
             tensors = tuple(
                 stack_padded([self.get(slot, part) for slot in slots], dim) for part, dim in self.padded.items()
             )
         elif bank.learns(slots):
             tensors = tuple(bank.joined(part, slots) for part in self.padded)
         elif len(slots) == 1:
-            place = bank.place_of(slots[0])
-            alone = tuple(bank.whole(part).narrow(0, place, 1) for part in self.padded)
-            return Used(alone, bank.scales().narrow(0, place, 1), selection.routing, bank.sizes().narrow(0, place, 1))
+            tensors = tuple(picked(bank.whole(part), [bank.place_of(slots[0])]) for part in self.padded)
         else:
             whole = tuple(map(bank.whole, self.padded))
             return Used(whole, bank.scales(), selection.own_routing, bank.sizes())
         places = [bank.place_of(slot) for slot in slots]
-        scale, sizes = bank.scales(), bank.sizes()
-        if places != list(range(len(bank.layout))):
-            where = torch.tensor(places, device=scale.device)
-            scale, sizes = scale[where], sizes[where]
-        return Used(tensors, scale, selection.routing, sizes)
+        return Used(tensors, picked(bank.scales(), places), selection.routing, picked(bank.sizes(), places))
 
     def _bank(self, kind: str, dtypes: tuple[torch.dtype, ...]) -> Bank:
         for bank in self.banks:

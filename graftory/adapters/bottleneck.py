@@ -144,7 +144,7 @@ class BottleneckSite(FusableSite[BottleneckConfig]):
         down, down_bias, up, up_bias, *_ = used.tensors
         keep = None
         if self.training:
-            shape = (*x.shape[:-1], used.index.shape[1] * down.shape[1])
+            shape = (*x.shape[:-1], used.routing.index.shape[1] * down.shape[1])
             keep = dropout_of([config.dropout for config in configs], selection.index, shape)
         return batched_bottleneck(
             x, down, down_bias, up, up_bias, used.scale, used.routing, selection.weights,
@@ -298,7 +298,7 @@ class NormedSite(BottleneckSite):
         assert bank is not None
         update = functional.layer_norm(super().update(x, bank, replace(selection, weights=None)), (self.width,))
         used = self.used(bank, selection)
-        own, middle = used.index[:, 0], [1] * (update.dim() - 2)
+        own, middle = used.routing.index[:, 0], [1] * (update.dim() - 2)
         gain, shift = (tensor[own].view(len(own), *middle, -1) for tensor in used.tensors[-2:])
         return selection.weighted(update * gain + shift)
 

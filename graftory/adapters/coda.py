@@ -139,7 +139,7 @@ class CodaSite(MaskReading[CodaConfig]):
         """Which tokens the rows of a selection choose, best first, and the weight of each, [E, most] both."""
         used = self.used(bank, selection)
         read = selection.take(x)
-        scores = torch.einsum("esd,ed->es", read, used.tensors[-1][used.index[:, 0]].to(x.dtype))
+        scores = torch.einsum("esd,ed->es", read, used.tensors[-1][used.routing.index[:, 0]].to(x.dtype))
         scores = scores.to(torch.promote_types(x.dtype, torch.float32))
         seen = torch.ones_like(scores, dtype=torch.bool) if mask is None else selection.take(mask).bool()
         seen = seen | ~seen.any(1, keepdim=True)

@@ -56,7 +56,9 @@ class Ia3Site(BankedSite[Ia3Config]):
         bank, selection = found[0]
         if len(found) == 1 and selection.weights is None and selection.index.shape[1] == 1:
             used = self.used(bank, selection)
-            return batched_scale(x, used.tensors[0].flatten(1), _over_batch(selection, used.index[:, 0], len(x)))
+            return batched_scale(
+                x, used.tensors[0].flatten(1), _over_batch(selection, used.routing.index[:, 0], len(x))
+            )
         return self._mixed(x, found)
 
     def _mixed(self, x: Tensor, found: Sequence[tuple[Bank, Selection]]) -> Tensor:
@@ -66,7 +68,7 @@ class Ia3Site(BankedSite[Ia3Config]):
         rows = torch.arange(len(x), device=x.device)
         for bank, selection in found:
             used = self.used(bank, selection)
-            more = summed(used.tensors[0].flatten(1) - 1, used.index, selection.weights)
+            more = summed(used.tensors[0].flatten(1) - 1, used.routing.index, selection.weights)
             vectors = selection.add(vectors, more)
             index = torch.maximum(index, _over_batch(selection, selection.take(rows), len(x)))
         return batched_scale(x, vectors, index)

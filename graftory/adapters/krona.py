@@ -66,7 +66,7 @@ class KronaSite(AddingSite[KronaConfig]):
         del output
         x = self.taken(inputs, selection)
         used = self.used(bank, selection)
-        own = used.index[:, 0]
+        own = used.routing.index[:, 0]
         a, b = (tensor[own] for tensor in used.tensors)
         rows = x.to(a.dtype).reshape(len(own), -1, b.shape[1], b.shape[2])
         made = torch.einsum("epf,enfq,egq->enpg", a, rows, b) * used.scale[own].to(a.dtype).view(-1, 1, 1, 1)

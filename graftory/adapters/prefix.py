@@ -87,13 +87,13 @@ class PrefixSite(BankedSite[PrefixConfig]):
             keys, values = (
                 selection.add(whole, _widened(part, size)) for whole, part in zip((keys, values), front, strict=True)
             )
-            lengths = selection.add(lengths, used.sizes[used.index[:, 0]].long())
+            lengths = selection.add(lengths, used.sizes[used.routing.index[:, 0]].long())
         return Front(keys, values, torch.arange(size, device=batch.device) < lengths[:, None])
 
     def vectors(self, used: Used, selection: Selection) -> tuple[Tensor, Tensor]:
         """The keys and values of each row of a selection with one adapter each, [E, slots, d_k] and [E, slots, d_v]."""
         del selection
-        own = used.index[:, 0]
+        own = used.routing.index[:, 0]
         return used.tensors[0][own], used.tensors[1][own]
 
     def queries(self) -> None:

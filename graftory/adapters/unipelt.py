@@ -54,7 +54,7 @@ class Gated(MaskReading[Any]):
         Raises:
             RouteError: If the mask of the batch is not known, or is of another length.
         """
-        own = used.index[:, 0]
+        own = used.routing.index[:, 0]
         weight, bias = (tensor[own].to(x.dtype) for tensor in used.tensors[-2:])
         each = torch.sigmoid(torch.einsum("esd,ed->es", x, weight) + bias)
         mask = self.mask_for(x.shape[1], UnipeltConfig.method)

@@ -52,7 +52,7 @@ class UpdateSite(AddingSite[UpdateConfig]):
         used = self.used(bank, selection)
         a, b, *vectors = used.tensors
         update = batched_lora(x, a, b, used.scale, used.routing, selection.weights, ranks=used.sizes)
-        mixed = (summed(vector, used.index, selection.weights) for vector in vectors)
+        mixed = (summed(vector, used.routing.index, selection.weights) for vector in vectors)
         rows, columns, bias = (beside(vector, x).to(x.dtype) for vector in mixed)
         configs = [self.configs[slot] for slot in selection.slots]
         if any(config.rows for config in configs):

@@ -71,6 +71,7 @@ def routing_of(index: Tensor | Routing, rows: int) -> Routing:
         ValueError: If it is not that of so many rows.
     """
     routing = index if isinstance(index, Routing) else Routing(index)
-    check(routing.index.dim() in (1, 2), "index: wanted [rows] or [rows, places]")
-    check_shape("index", routing.index, (rows, *routing.index.shape[1:]))
+    index = routing.index
+    check(index.dim() in (1, 2), "index: wanted [rows] or [rows, places]")
+    check_shape("index", index, (rows, *index.shape[1:]))
     return routing

@@ -61,9 +61,11 @@ def batched_lora(
     check_shape("weight", weight, tuple(routing.index.shape))
     check_shape("ranks", ranks, (k,))
     dtype = working_dtype(a)
-    rows, shape = as_rows(x.to(dtype))
+    rows, shape = as_rows(x if x.dtype == dtype else x.to(dtype))
+    if a.dtype != dtype or b.dtype != dtype:  # to ask costs less than `to` does where there is nothing to do
+        a, b = a.to(dtype), b.to(dtype)
     weights = weight if weight is None or weight.dim() == 2 else weight[:, None]
-    inputs = Inputs(rows, a.to(dtype), b.to(dtype), scale, routing.places, weights, ranks)
+    inputs = Inputs(rows, a, b, scale, routing.places, weights, ranks)
     alone = rows.is_cuda and routing.one_for_all(k)
     chosen = resolved(backend, rows, fits=rank <= MAX_RANK, wanted=f"rank {MAX_RANK} at most", alone=alone)
     wanted = (*shape[:-1], b.shape[1])

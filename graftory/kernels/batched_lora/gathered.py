@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
 from graftory.kernels.gather import (
@@ -38,15 +39,16 @@ def forward(inputs: Inputs, routing: Routing, onto: Tensor | None = None) -> tup
     With `onto` it is added to that, in its memory.
     """
     x, a, b, scale, index, weight, _ = inputs
-    if routing.one_for_all(len(a)):
-        hidden = x @ a[0].T
-        factor = factors(scale, index, weight, x.dtype)[:, :, None]
-        return _onto(onto, (hidden * factor) @ b[0].T), hidden.transpose(1, 2)
+    if routing.one_for_all(a.shape[0]):
+        hidden = functional.linear(x, a[0])
+        update = functional.linear(hidden * _factor_of_one(scale, weight, x.dtype), b[0])
+        return _onto(onto, update), hidden.transpose(1, 2)
     if routing.own is not None:
         # what most batches are, and nothing but the products
         hidden = torch.bmm(a.index_select(0, routing.own), x.transpose(1, 2))
         factor = scale.index_select(0, routing.own) if weight is None else _weighted(scale, routing.own, weight)
-        left = (hidden * factor.to(x.dtype)[:, None, None]).transpose(1, 2)
+        factor = factor if factor.dtype == x.dtype else factor.to(x.dtype)
+        left = (hidden * factor.view(-1, 1, 1)).transpose(1, 2)
         right = b.index_select(0, routing.own).transpose(1, 2)
         return torch.bmm(left, right) if onto is None else onto.baddbmm_(left, right), hidden
     hidden = torch.bmm(gather_in(a, index), x.transpose(1, 2))
@@ -67,10 +69,10 @@ def backward(
     `leave`, which may keep it for somebody else to multiply out.
     """
     x, a, b, scale, index, weight, _ = inputs
+    if routing.one_for_all(a.shape[0]):
+        return _backward_of_one(grad, hidden, inputs, needed, leave)
     rank, unused = a.shape[1], routing.unused
     factor = _by_unit(factors(scale, index, weight, x.dtype), rank)
-    if routing.one_for_all(len(a)):
-        return _backward_of_one(grad, hidden, inputs, factor, needed, leave)
     grad = grad if unused is None else without(grad, unused)
     inner = torch.bmm(gather_out(b, index).transpose(1, 2), grad.transpose(1, 2))
     inner = inner if unused is None else inner.masked_fill(_by_unit(unused, rank), 0.0)
@@ -93,12 +95,10 @@ def backward(
     return Gradients(grad_x, grad_a, grad_b, grad_weight)
 
 
-def _backward_of_one(
-    grad: Tensor, hidden: Tensor, inputs: Inputs, factor: Tensor, needed: Needed, leave: Leave
-) -> Gradients:
+def _backward_of_one(grad: Tensor, hidden: Tensor, inputs: Inputs, needed: Needed, leave: Leave) -> Gradients:
     """The same where every row uses the only adapter: products of matrices."""
-    x, a, b, scale, *_ = inputs
-    inner, hidden, factor = grad @ b[0], hidden.transpose(1, 2), factor.transpose(1, 2)
+    x, a, b, scale, _, weight, _ = inputs
+    inner, hidden, factor = grad @ b[0], hidden.transpose(1, 2), _factor_of_one(scale, weight, x.dtype)
     scaled = inner * factor
     return Gradients(
         x=leave(Product(scaled, a[0])) if needed.x else None,
@@ -106,6 +106,12 @@ def _backward_of_one(
         b=((hidden * factor).flatten(0, 1).T @ grad.flatten(0, 1)).T[None] if needed.b else None,
         weight=(inner * hidden).sum((1, 2))[:, None] * scale if needed.weight else None,
     )
+
+
+def _factor_of_one(scale: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """f = s w of the only adapter for each row, [N, 1, 1]; [1] where it is the same for all."""
+    factor = scale if weight is None else (scale * weight)[:, :, None]
+    return factor if factor.dtype == dtype else factor.to(dtype)
 
 
 def _onto(onto: Tensor | None, update: Tensor) -> Tensor:
