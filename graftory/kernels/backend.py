@@ -15,7 +15,7 @@ _TRITON = find_spec("triton") is not None  # here, as compilers do not look into
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def resolved(backend: str, *tensors: Tensor, fits: bool = True, wanted: str = "", alone: bool = False) -> str:
+def resolved(backend: str, *tensors: Tensor, fits: bool = True, wanted: str = "", plain: bool = False) -> str:
     """What runs: Triton where there is a GPU and its kernels take these tensors, else torch's own products.
 
     Args:
@@ -23,7 +23,7 @@ def resolved(backend: str, *tensors: Tensor, fits: bool = True, wanted: str = ""
         tensors: What the kernels read; the first says where they would run.
         fits: Whether their sizes suit the kernels.
         wanted: Which sizes would, for the error.
-        alone: Whether one adapter serves all rows: plain products of matrices are what a GPU is fastest at.
+        plain: Whether plain products of matrices are what a GPU is fastest at; see `Routing.plain`.
 
     Raises:
         ValueError: If Triton is asked for by name where it cannot run.
@@ -33,7 +33,7 @@ def resolved(backend: str, *tensors: Tensor, fits: bool = True, wanted: str = ""
     x = tensors[0]
     fits = fits and all(tensor.dtype in _DTYPES for tensor in tensors)
     if backend == "auto":
-        return "triton" if fits and x.is_cuda and _TRITON and not alone else "torch"
+        return "triton" if fits and x.is_cuda and _TRITON and not plain else "torch"
     if backend == "triton" and not (fits and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
         got = " and ".join(dict.fromkeys(f"{tensor.dtype} on {tensor.device.type}" for tensor in tensors))
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from graftory.kernels.gather import any_of
@@ -48,6 +49,12 @@ class Routing:
     def one_for_all(self, adapters: int) -> bool:
         """Whether it is known that every row uses the only adapter there is: then it takes no gathering."""
         return adapters == 1 and self.own is not None
+
+    def plain(self, x: Tensor, adapters: int) -> bool:
+        """Whether plain products are the fastest on a GPU: one adapter for all rows, and no compiler, whose node gets the
+        index alone.
+        """
+        return x.is_cuda and not torch.compiler.is_compiling() and self.one_for_all(adapters)
 
     def tiles(self, tokens: int, adapters: int, size: int) -> Tiles:
         """The entries, a row's T tokens times its M places, cut for a kernel. See `tiles.cut`."""

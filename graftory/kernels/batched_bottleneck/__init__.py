@@ -75,6 +75,6 @@ def batched_bottleneck(
     weights = weight if weight is None or weight.dim() == 2 else weight[:, None]
     kept = None if keep is None else as_rows(keep.detach().to(dtype))[0]
     inputs = Inputs(rows, down, down_bias, up, up_bias, scale, routing.places, weights, kept, sizes)
-    alone, wanted = rows.is_cuda and routing.one_for_all(k), f"{MAX_SIZE} hidden units at most"
-    chosen = resolved(backend, rows, up, fits=size <= MAX_SIZE, wanted=wanted, alone=alone)
+    plain, wanted = routing.plain(rows, k), f"{MAX_SIZE} hidden units at most"
+    chosen = resolved(backend, rows, up, fits=size <= MAX_SIZE, wanted=wanted, plain=plain)
     return apply(inputs, activation, routing, chosen).reshape(shape)

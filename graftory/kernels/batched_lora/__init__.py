@@ -66,8 +66,8 @@ def batched_lora(
         a, b = a.to(dtype), b.to(dtype)
     weights = weight if weight is None or weight.dim() == 2 else weight[:, None]
     inputs = Inputs(rows, a, b, scale, routing.places, weights, ranks)
-    alone = rows.is_cuda and routing.one_for_all(k)
-    chosen = resolved(backend, rows, fits=rank <= MAX_RANK, wanted=f"rank {MAX_RANK} at most", alone=alone)
+    plain = routing.plain(rows, k)
+    chosen = resolved(backend, rows, fits=rank <= MAX_RANK, wanted=f"rank {MAX_RANK} at most", plain=plain)
     wanted = (*shape[:-1], b.shape[1])
     check_shape("onto", onto, wanted)
     return apply(inputs, routing, chosen, None if onto is None else as_rows(onto)[0]).reshape(wanted)
