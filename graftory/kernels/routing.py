@@ -51,9 +51,7 @@ class Routing:
         return adapters == 1 and self.own is not None
 
     def plain(self, x: Tensor, adapters: int) -> bool:
-        """Whether plain products are the fastest on a GPU: one adapter for all rows, and no compiler, whose node gets the
-        index alone.
-        """
+        """Whether a GPU is to take plain products, as one adapter serves all. A compiler's node has the index alone."""
         return x.is_cuda and not torch.compiler.is_compiling() and self.one_for_all(adapters)
 
     def tiles(self, tokens: int, adapters: int, size: int) -> Tiles:
