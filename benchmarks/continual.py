@@ -25,8 +25,8 @@ Three orders of the tasks, the first as above, the others drawn; in `tasks` the 
 of `SEEDED`, in three seeds of the first order too. Each run is a process of its own, so that its CPU time and largest
 memory are its own. A run that was stopped goes on.
 
-The results go to benchmarks/results/continual.{json,md}: the rates, mean ± standard deviation over orders and seeds,
-paired differences to `seq`, and CPU time, peak memory and stored bytes beside those of `seq`.
+The results go to benchmarks/results/continual.{json,md,png}: the rates, mean ± standard deviation over orders and
+seeds, paired differences to `seq`, and CPU time, peak memory and stored bytes beside those of `seq`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from continual_picture import draw
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -47,6 +48,8 @@ def write_report(runs: Sequence[CostedRun], tried: Sequence[CostedRun], folder: 
         json.dumps({"machine": machine, "tried": encode(tuple(tried)), "runs": encode(tuple(runs))}, indent=1) + "\n"
     )
     (folder / "continual.md").write_text(text)
+    settings = dict.fromkeys(run.setting for run in runs)
+    draw({name: [run.report for run in runs if run.setting == name] for name in settings}, folder / "continual.png")
 
 
 def markdown(runs: Sequence[CostedRun], tried: Sequence[CostedRun]) -> str:
