@@ -59,7 +59,7 @@ STRATEGIES = (
     *("o-lora", "inflora", "sd-lora", "slao", "opcm", "gated"),
     *("frozen", "single", "joint"),
 )
-SEEDED = ("isolated", "seq", "replay", "opcm", "a-gem")
+SEEDED = ("isolated", "seq", "replay", "opcm")
 PARAMETERS: Mapping[str, Mapping[str, Any]] = {"a-gem": {"batch": 8}}
 INTENTS = 11
 RATES = (5e-4, 1e-3, 2e-3)
