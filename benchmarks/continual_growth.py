@@ -3,9 +3,10 @@
     python benchmarks/continual_growth.py                       # all strategies; --folder keeps what is done
     python benchmarks/continual_growth.py --strategies isolated --tasks 10 --no-write
 
-Base: All-MiniLM-L6-v2, fp32; LoRA of rank 8 on all linears; 20 steps of 8 rows a task, heads at 1e-2. Tasks: pairs of banking77's
-intents, then SMS spam and disaster tweets; 40 test rows each. All are told the task but for the router. CPU seconds are
-those of one step: training, what is kept, the router, and measuring all tasks. The steps of a run are in one process.
+Base: All-MiniLM-L6-v2, fp32; LoRA of rank 8 on all linears; 20 steps of 8 rows a task, heads at 1e-2. Tasks: pairs of
+banking77's intents, then SMS spam and disaster tweets; 40 test rows each. All are told the task but for the router. CPU
+seconds are those of one step: training, what is kept, the router, and measuring all tasks. The steps of a run are in
+one process.
 
 The results go to benchmarks/results/continual_growth.{json,md,png}.
 """
@@ -35,7 +36,8 @@ from graftory.versions import library_versions
 
 RATES = {
     **dict.fromkeys(("seq", "slao", "o-lora", "sd-lora", "replay", "ranpac"), 5e-4),
-    **{"isolated": 1e-3, "gated": 2e-3},
+    "isolated": 1e-3,
+    "gated": 2e-3,
 }
 """As `continual.py` chose them."""
 POINTS = (5, 10, 20, 40)
