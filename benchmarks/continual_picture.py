@@ -16,19 +16,26 @@ GAIN, LOSS, NEUTRAL = "#2f7d4f", "#b8432f", "#4a6fa5"
 TITLE = (
     "ACC at the end, dots are runs. Red: earlier tasks lost a point or more on the way (BWT); green: they gained one"
 )
+FEW = 6
+"""Strategies that a panel of the lower row has at most."""
 FELT = 0.01
 """BWT beyond this is coloured."""
 
 
 def draw(reports: Mapping[str, Sequence[Report]], file: Path) -> None:
-    """One panel a setting, strategies by ACC; every run is a dot, their mean a bar coloured by BWT."""
+    """One panel a setting, those of few strategies below; every run is a dot, their mean a bar coloured by BWT."""
     rows = {name: scores(own) for name, own in reports.items()}
-    most = max(map(len, rows.values()))
-    figure = Figure(figsize=(5.2 * len(rows), 1.4 + 0.28 * most), layout="constrained")
-    for number, (name, found) in enumerate(rows.items(), 1):
-        axes = figure.add_subplot(1, len(rows), number)
-        panel(axes, name, found)
-        axes.set_ylim(len(found) - most - 0.6, len(found) - 0.4)
+    tall = {name: found for name, found in rows.items() if len(found) > FEW}
+    parts = [part for part in (tall, {name: found for name, found in rows.items() if name not in tall}) if part]
+    heights = [1.0 + 0.28 * max(map(len, part.values())) for part in parts]
+    figure = Figure(figsize=(11, 0.4 + sum(heights)), layout="constrained")
+    for part, place in zip(
+        parts, figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)[:, 0], strict=True
+    ):
+        most = max(map(len, part.values()))
+        for axes, (name, found) in zip(place.subplots(1, len(part), squeeze=False)[0], part.items(), strict=True):
+            panel(axes, name, found)
+            axes.set_ylim(len(found) - most - 0.6, len(found) - 0.4)
     figure.suptitle(TITLE, fontsize=10)
     figure.savefig(file, dpi=110)
 
