@@ -6,8 +6,8 @@ measured: a run that was cut off goes on where it was.
 Tasks: TREC, SMS spam, disaster tweets (three domains), and three of sentiment: Rotten Tomatoes, film reviews, tweets.
 Merged are all pairs and all six, of equal ranks (16 each) and of mixed ones (4, 8, 16 in turn), to full rank and cut
 to rank 16. Each task is read with its own head. Normalised accuracy: the merge's by that of the task's own
-adapter, the mean over the merge's tasks. A row is a method at one weight for all; `auto` judges by 16 training rows of
-each task that the adapters have not seen. PEFT's `linear`, `ties`, `dare_linear`, `dare_ties` and
+adapter, the mean over the merge's tasks. A row is a method at one weight for all; `auto` judges by 16 to 128 training
+rows of each task that the adapters have not seen. PEFT's `linear`, `ties`, `dare_linear`, `dare_ties` and
 `magnitude_prune` refuse mixed ranks and give the rank of their parts; `cat` gives the sum of ranks.
 """
 
@@ -88,8 +88,16 @@ def ours_adamerging(case: Case) -> Adapter:
     return merge(parts, "adamerging", weights=found.weights, parameters=parameters)
 
 
+def ours_fisher(case: Case) -> Adapter:
+    """By the gradients of 16 training rows of each task."""
+    parts = list(case.adapters.values())
+    kind: Any = METHODS["fisher"].params
+    inputs = record_examples(parts, None, limit=16, seed=case.key.seed, gradients=True)
+    return merge(parts, "fisher", parameters=kind(rank=case.rank), inputs=inputs)
+
+
 def ours_auto(case: Case) -> Adapter:
-    """The best of the portfolio by 16 rows of each task."""
+    """What up to 128 rows of each task cannot tell from the best of the portfolio."""
     return auto_merge(case.adapters, AutoParameters(rank=case.rank), seed=case.key.seed).adapter
 
 
@@ -155,6 +163,7 @@ ROWS: Mapping[str, Make] = {
     "linear sum": ours("linear", 1.0),
     **{name: ours(name) for name in ("ties", "dare_ties", "della", "tsv", "iso_c", "iso_cts", "knots", "core")},
     **{name: ours(name) for name in ("ctm", "pico", "lego", "regmean")},
+    "fisher": ours_fisher,
     "adamerging": ours_adamerging,
     "auto": ours_auto,
     "PEFT linear mean": pefts("linear", None),

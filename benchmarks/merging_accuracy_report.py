@@ -21,7 +21,7 @@ RANKS: Mapping[str, Sequence[int]] = {"equal": (16,) * 6, "mixed": (4, 8, 16, 4,
 BUDGETS: Mapping[str, int | None] = {"full": None, "rank 16": 16}
 SINGLE = "best single"
 PEFTS = "PEFT "
-NEED_DATA = ("regmean", "adamerging", "auto")
+NEED_DATA = ("regmean", "fisher", "adamerging", "auto")
 """Rows that look at inputs or rows of the tasks."""
 
 

@@ -18,7 +18,7 @@ from graftory.hub import Hub
 from tests.hub_samples import lora
 
 PACKAGE = Path(graftory.__file__).parent
-CORE = ("lazy", "errors", "printable", "schema", "config", "settings", "versions", "adapter")
+CORE = ("lazy", "errors", "printable", "schema", "config", "settings", "progress", "versions", "adapter")
 """In the order in which they may import each other."""
 BELOW_COMPOSE = ("core", "hub", "adapters", "kernels", "data", "training")
 BELOW_COMMANDS = (*BELOW_COMPOSE, "compose", "continual", "demo")

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import scipy.stats
 import torch
 from torch import Tensor
 
-from graftory.adapter import Adapter
+from graftory.adapter import Adapter, Lineage
 from graftory.compose import merge, merge_again, merge_without
 from graftory.compose.merge.adamerging import AdamergingParameters
-from graftory.compose.merge.judging import Bench, Verdict, task_of, trials_of, unseen_rows
+from graftory.compose.merge.judging import ALL, Bench, Trial, Verdict, task_of, trials_of, unseen_rows
 from graftory.compose.merge.lego import LegoParameters
 from graftory.compose.merge.lorahub import LorahubParameters
-from graftory.compose.merge.tuning import AutoParameters, Candidate, auto_merge, tune_layers, tune_weights
+from graftory.compose.merge.tuning import PORTFOLIO, AutoParameters, Candidate, auto_merge, tune_layers, tune_weights
 from graftory.compose.merge.tuning.adamerging import entropy_of, layer_of, pattern_of
-from graftory.compose.merge.tuning.auto import PORTFOLIO, Tried, judged
 from graftory.compose.merge.tuning.lorahub import search
+from graftory.compose.merge.tuning.race import Entrant, judged, looks, race
 from graftory.compose.record import record_examples
-from graftory.data import load_rows, load_task
+from graftory.data import Rows, load_rows, load_task
 from graftory.errors import ConfigError, MergeError
 from graftory.hub import Hub
 from graftory.training import Job, evaluate
-from graftory.training.prediction import Query, score
+from graftory.training.prediction import Query, Scored, score
 from tests.merge_home import Home, make_home
 from tests.merge_oracles import regauged, triplets, weighted
 from tests.test_compose_merge import SITES, bottleneck, delta, lora, relative
@@ -195,8 +196,6 @@ def test_trials_are_read_with_their_own_heads(home: Home) -> None:
 
 
 def test_rows_that_an_adapter_has_seen_are_left_out(home: Home) -> None:
-    from dataclasses import replace
-
     adapter = home.adapters["two"]
     task = task_of("two", adapter)
     seen = load_rows(task, "train", limit=10, seed=3)
@@ -208,6 +207,11 @@ def test_rows_that_an_adapter_has_seen_are_left_out(home: Home) -> None:
     assert len(fresh) == 8
     assert not set(fresh.texts) & set(seen.texts)
     assert set(unseen_rows(trained, task, 20, 0).texts) & set(seen.texts), "there are not so many others"
+    seen = load_rows(task, "train", limit=6, seed=3)
+    told = replace(told, data_hash=seen.hash, parameters={**told.parameters, "rows": 6})
+    fresh = unseen_rows(replace(adapter, spec=replace(adapter.spec, lineage=told)), task, 20, 0)
+    assert len(fresh) == 18, "so many others are better than 20 of all"
+    assert not set(fresh.texts) & set(seen.texts)
 
 
 FEW = (
@@ -227,10 +231,11 @@ def test_auto_keeps_what_is_best_and_its_record_makes_it_again(home: Home) -> No
     parents = [Parent(str(record.ref), record.digest, "merged") for record in records.values()]
     adapters = {name: hub.get(name) for name in home.adapters}
     found = auto_merge(adapters, AutoParameters(rank=4), parents=parents, portfolio=FEW)
-    scores = [row.score for row in found.table if row.score is not None]
-    assert scores == sorted(scores, reverse=True)
+    ranks = [(row.rows, row.score) for row in found.table if row.score is not None]
+    assert ranks == sorted(ranks, reverse=True)
     order = [one.name for one in FEW]
-    near = [row.name for row in found.table if row.behind is not None and row.behind[0] <= 2 * row.behind[1]]
+    left = [row for row in found.table if row.rows == found.table[0].rows]
+    near = [row.name for row in left if row.behind is not None and row.behind[0] <= row.behind[1]]
     first = min((name for name in near if name in order), key=order.index, default=None)
     assert found.best.name == (found.table[0].name if found.table[0].floor == "single" else first)
     floors = [row.floor for row in found.table if row.floor]
@@ -239,7 +244,8 @@ def test_auto_keeps_what_is_best_and_its_record_makes_it_again(home: Home) -> No
     assert soup.score is None
     assert "differ in rank" in str(soup.problem)
     # by hand: the likelihood of each task's rows, by the task's own adapter's
-    bench = Bench(trials_of(adapters, 16))
+    trials = trials_of(adapters, 128)
+    bench = Bench([replace(one, rows=one.rows.subsample(found.best.rows, 0)) for one in trials])
     shares = []
     for number, adapter in enumerate(adapters.values()):
         after, own = (bench.judge_on(one, number).likelihood for one in (found.adapter, adapter))
@@ -247,8 +253,8 @@ def test_auto_keeps_what_is_best_and_its_record_makes_it_again(home: Home) -> No
     assert found.best.score == pytest.approx(sum(shares) / 3, rel=1e-5)
     for row in found.table:
         assert (row.behind is None) == (row.score is None)
-        if row.behind is not None and row.score is not None:
-            assert row.behind[0] == pytest.approx(scores[0] - row.score, abs=1e-9)
+        if row in left and row.behind is not None and row.score is not None:
+            assert row.behind[0] == pytest.approx((left[0].score or 0) - row.score, abs=1e-9)
     for name in [row.name for row in found.table if row.method is not None and row.score is not None]:
         only = next((one for one in FEW if one.name == name), None)
         if only is None:
@@ -269,19 +275,82 @@ def test_how_far_each_is_behind_the_best() -> None:
         return tuple(Verdict("accuracy", 0.0, each) for each in rows)
 
     own = verdicts((0.5, 0.5), (1.0, 1.0))
-    best = Tried("best", "linear", None, verdicts((0.4, 0.5), (0.9, 0.5)))  # shares 0.8, 1.0 and 0.9, 0.5: mean 0.8
-    near = Tried("near", "linear", None, verdicts((0.5, 0.3), (0.9, 0.5)))  # 1.0, 0.6 and 0.9, 0.5: mean 0.75
-    far = Tried("far", "linear", None, verdicts((0.3, 0.4), (0.8, 0.4)))  # 0.1 to 0.2 less in every row
-    refused = Tried("refused", "soup", None, problem="differ in rank")
-    rows = judged([near, far, best, refused], own)
-    assert [row.score for row in rows] == [pytest.approx(0.75), pytest.approx(0.65), pytest.approx(0.8), None]
+    found = {
+        "near": verdicts((0.5, 0.3), (0.9, 0.5)),  # shares 1.0, 0.6 and 0.9, 0.5: mean 0.75
+        "far": verdicts((0.3, 0.4), (0.8, 0.4)),  # 0.1 to 0.2 less than the best in every row
+        "best": verdicts((0.4, 0.5), (0.9, 0.5)),  # 0.8, 1.0 and 0.9, 0.5: mean 0.8
+    }
+    rows = judged([Entrant(name, "linear", None, None) for name in found], found, own, 2)
+    assert [row.score for row in rows] == [pytest.approx(0.75), pytest.approx(0.65), pytest.approx(0.8)]
+    assert {row.rows for row in rows} == {2}
     # gaps −0.2, 0.4 and 0, 0: mean 0.05, variances 0.18 and 0, √(0.18 / 2) / 2 = 0.15
     behind = [row.behind or () for row in rows]
     assert list(behind[0]) == pytest.approx([0.05, 0.15])
     # gaps 0.2, 0.2 and 0.1, 0.1: no spread
     assert list(behind[1]) == pytest.approx([0.15, 0.0], abs=1e-9)
     assert list(behind[2]) == [0.0, 0.0]
-    assert (rows[3].behind, rows[3].problem) == (None, "differ in rank")
+    assert [row.within(0.3) for row in rows] == [False, False, True]
+    assert [row.within(0.4) for row in rows] == [True, False, True]
+
+
+class Track(Bench):
+    """A bench that need not run anything: losses by adapter name and row; it counts what is asked for."""
+
+    def __init__(self, trials: Sequence[Trial], losses: Mapping[str, Sequence[float]]) -> None:
+        super().__init__(trials)
+        self.losses = losses
+        self.seen: dict[str, list[int]] = {name: [] for name in losses}
+
+    def scored_on(self, candidate: Adapter | None, number: int, among: slice = ALL) -> list[Scored]:
+        name = "nothing" if candidate is None else candidate.spec.lineage.parameters["name"]
+        assert isinstance(name, str)
+        self.seen[name] += range(among.start, among.stop)
+        return [Scored(torch.zeros(2), self.losses[name][row], 1) for row in range(among.start, among.stop)]
+
+
+def test_those_that_are_clearly_behind_see_no_more_rows(home: Home) -> None:
+    """Four entrants on a task of 40 rows: one is far behind, one a little, and one is the best on the first 16 only."""
+
+    def named(name: str) -> Adapter:
+        adapter = home.adapters["two"]
+        return replace(adapter, spec=replace(adapter.spec, lineage=Lineage(parameters={"name": name})))
+
+    task = task_of("two", home.adapters["two"])
+    rows = Rows("train", tuple(map(str, range(40))), tuple(row % 2 for row in range(40)), ("no", "yes"))
+    wave = [-0.1, 0.15] * 20
+    losses = {
+        "own": [0.1] * 40,
+        "steady": [0.2 + each for each in wave],
+        "early": [0.2] * 16 + [0.5] * 24,
+        "far": [1.0] * 40,
+        "nothing": [2.0] * 40,
+    }
+    track = Track([Trial("two", named("own"), task, rows)], losses)
+    entrants = [Entrant(name, "linear", None, named(name)) for name in ("far", "steady", "early")]
+    entrants += [Entrant("refused", "soup", None, None, "differ in rank"), Entrant("nothing", None, "nothing", None)]
+    told: list[tuple[str, int, int]] = []
+    table = {row.name: row for row in race(track, entrants, lambda *each: told.append(each))}
+    assert looks(40) == [16, 20, 40]
+    assert list(table) == ["far", "steady", "early", "refused", "nothing"]
+    assert {name: row.rows for name, row in table.items()} == {
+        "far": 16, "steady": 40, "early": 40, "refused": 0, "nothing": 16,
+    }  # fmt: skip
+    assert (table["refused"].score, table["refused"].problem) == (None, "differ in rank")
+    assert track.seen == {name: list(range(40 if name in ("own", "steady", "early") else 16)) for name in losses}
+    mean = math.fsum(math.exp(-0.2 - each) for each in wave) / 40
+    assert table["steady"].score == pytest.approx(mean / math.exp(-0.1))
+    assert table["steady"].behind == (0.0, 0.0)
+    assert not table["early"].within(2)
+    assert ("on 16 rows of each task", 0, 4) in told
+    assert ("on 40 rows of each task", 1, 2) in told
+
+
+@pytest.mark.parametrize(
+    ("most", "wanted"),
+    [(1, [1]), (6, [6]), (16, [16]), (17, [16, 17]), (128, [16, 32, 64, 128]), (100, [16, 25, 50, 100])],
+)
+def test_every_look_is_about_twice_the_last(most: int, wanted: list[int]) -> None:
+    assert looks(most) == wanted
 
 
 def test_auto_tries_fisher_on_as_many_examples_as_it_has_rows(home: Home) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -11,15 +11,13 @@ import click
 
 from graftory.adapter import AdapterRef
 from graftory.printable import printable
+from graftory.progress import Progress
 from graftory.schema import Json, encode
 
 if TYPE_CHECKING:
     from graftory.hub import Delivery, Hub
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is at hand, what is done and what there is to do."""
 
 
 def print_json(value: Json) -> None:

@@ -43,10 +43,18 @@ class Rows:
 
     def subsample(self, limit: int, seed: int) -> Rows:
         """At most `limit` rows in their order, the same for the same seed; a smaller limit gives a subset."""
-        ranked = sorted(range(len(self)), key=lambda row: hashlib.sha256(f"{seed}:{row}".encode()).digest())
-        kept = sorted(ranked[:limit])
-        texts = tuple(self.texts[row] for row in kept)
-        return Rows(self.split, texts, tuple(self.targets[row] for row in kept), self.labels)
+        return self._of(sorted(self._drawn(seed)[:limit]))
+
+    def shuffled(self, seed: int) -> Rows:
+        """All rows in the order in which they are drawn: the first n are those of `subsample(n, seed)`."""
+        return self._of(self._drawn(seed))
+
+    def _drawn(self, seed: int) -> list[int]:
+        return sorted(range(len(self)), key=lambda row: hashlib.sha256(f"{seed}:{row}".encode()).digest())
+
+    def _of(self, rows: Sequence[int]) -> Rows:
+        texts = tuple(self.texts[row] for row in rows)
+        return Rows(self.split, texts, tuple(self.targets[row] for row in rows), self.labels)
 
 
 def load_rows(task: TaskFile, split: str, *, limit: int | None = None, seed: int = 0) -> Rows:

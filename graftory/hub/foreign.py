@@ -15,8 +15,9 @@ from graftory.hub.codecs.tensors import check_finite
 from graftory.hub.depot import Depot
 from graftory.hub.files import map_file
 from graftory.hub.records import FileEntry, Record, TensorEntry, file_entries
-from graftory.hub.remotes.base import Foreign, Progress, Remote
+from graftory.hub.remotes.base import Foreign, Remote
 from graftory.hub.safetensors_header import header_bytes, parse_header
+from graftory.progress import Progress
 
 SOURCE = "source"
 """Key in `Lineage.parameters`: where an adapter without a record was found."""

@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock
 
-from graftory.hub.remotes.base import Progress
 from graftory.hub.store import BlobStore
+from graftory.progress import Progress
 
 _CHUNK = 1 << 20
 

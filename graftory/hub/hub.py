@@ -19,8 +19,9 @@ from graftory.hub.depot import Depot
 from graftory.hub.index import IndexRow
 from graftory.hub.locate import find_hub, is_hub
 from graftory.hub.records import Record
-from graftory.hub.remotes.base import Foreign, Progress, silent
+from graftory.hub.remotes.base import Foreign
 from graftory.hub.resolve import resolve
+from graftory.progress import Progress, silent
 
 if TYPE_CHECKING:
     import networkx

@@ -12,7 +12,8 @@ from graftory.errors import AdapterNotFoundError
 from graftory.hub.contents import check_file_names
 from graftory.hub.depot import Depot
 from graftory.hub.records import FileEntry, Record
-from graftory.hub.remotes.base import Progress, Remote
+from graftory.hub.remotes.base import Remote
+from graftory.progress import Progress
 
 _Find = Callable[[str, str], Record | None]
 

@@ -22,10 +22,10 @@ from graftory.hub.gc import Removed, strays
 from graftory.hub.hashes import Hashes
 from graftory.hub.hub_checks import check_aliases, check_index, leftovers
 from graftory.hub.records import FileEntry, Record
-from graftory.hub.remotes.base import Progress, silent
 from graftory.hub.report import PULL, PUT_ASIDE, Problem, Report, below, cause
 from graftory.hub.resolve import resolve
 from graftory.hub.signature_form import fault_of
+from graftory.progress import Progress, silent
 
 if TYPE_CHECKING:
     from graftory.hub.keys import PublicKey

@@ -21,7 +21,8 @@ from graftory.training.encode import Collator, Example, encode
 from graftory.training.losses import model_inputs, readable_tokens, row_losses
 from graftory.training.mixture import Mixture, embedded
 
-_HEADED = ("classification", "regression")
+HEADED = ("classification", "regression")
+"""The kinds of tasks that have a head and one answer for a row, read off a single forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Query:
         info = self.task or (owner.spec.task if owner else None)
         if info is None:
             raise ConfigError("the adapter does not say what task it is for; give the task")
-        if info.kind in _HEADED and not (owner and owner.head_tensors()):
+        if info.kind in HEADED and not (owner and owner.head_tensors()):
             raise ConfigError(f"task {info.name!r}: no adapter with a head for {info.kind} was given; name one as head")
         return info
 
@@ -103,13 +104,13 @@ def score(loaded: LoadedBase, queries: Sequence[Query], *, batch_size: int = 32)
         kind = part[0].info.kind
         with torch.no_grad(), reading(readable_tokens(kind, batch)):
             logits = adapted(**model_inputs(kind, batch)).logits
-        if kind not in _HEADED:
+        if kind not in HEADED:
             losses = row_losses(kind, logits, batch["labels"])
             return [Scored(None, float(a), int(b)) for a, b in zip(losses.total, losses.count, strict=True)]
         return [_scored(query, row) for query, row in zip(part, logits.float().cpu(), strict=True)]
 
     def prepare(query: Query) -> Example:
-        target = None if query.info.kind in _HEADED else query.target
+        target = None if query.info.kind in HEADED else query.target
         return encode(loaded.tokenizer, query.info, query.text, target)
 
     return _batched(loaded, queries, batch_size, collator, prepare, run)

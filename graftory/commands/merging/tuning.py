@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from graftory.adapter import TASK_SOURCE, Adapter, Parent
-from graftory.commands.output import working
+from graftory.commands.output import progress_bar, working
 from graftory.errors import ConfigError
 from graftory.printable import printable
 from graftory.schema import Json
@@ -77,7 +77,7 @@ class Tuner:
         from graftory.compose.merge.tuning import AutoParameters, auto_merge
         from graftory.compose.merge.tuning.auto import ROWS
 
-        with working(f"trying ways to merge {len(adapters)} adapters"):
+        with progress_bar("trying ways to merge") as progress:
             return auto_merge(
                 adapters,
                 AutoParameters(rank=rank),
@@ -85,6 +85,7 @@ class Tuner:
                 seed=self.seed,
                 parents=parents,
                 notes=notes,
+                progress=progress,
             )
 
 
@@ -146,20 +147,19 @@ def chosen_to_json(found: Chosen) -> Json:
 
 
 def print_chosen(found: Chosen) -> None:
-    """What auto tried, best first, for people."""
+    """What auto tried, those that were left first, for people."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "floor", "score", *(f"{printable(name)}, {metric}" for name, metric in found.tasks))
+    table = Table("", "floor", "rows", "score", *(f"{printable(name)}, {metric}" for name, metric in found.tasks))
     for row in found.table:
         style = "bold" if row is found.best else None
         name = f"{'→ ' if row is found.best else ''}{printable(row.name)}"
         if row.score is None:
-            table.add_row(name, row.floor or "", "-", *("-" for _ in found.tasks), style="dim")
+            table.add_row(name, row.floor or "", "", "-", *("-" for _ in found.tasks), style="dim")
         else:
-            table.add_row(
-                name, row.floor or "", f"{row.score:.3f}", *(f"{value:.3f}" for value in row.metrics), style=style
-            )
+            cells = (str(row.rows), f"{row.score:.3f}", *(f"{value:.3f}" for value in row.metrics))
+            table.add_row(name, row.floor or "", *cells, style=style)
     Console(highlight=False, markup=False).print(table)
     for row in found.table:
         if row.problem is not None:

@@ -23,8 +23,9 @@ from graftory.compose.exports.files import lying_tensors
 from graftory.compose.exports.outline import Outline, hashed, outline
 from graftory.compose.exports.pages import Pages
 from graftory.compose.exports.staging import check_free, staged
-from graftory.compose.exports.writer import Planned, Progress, write_shards
+from graftory.compose.exports.writer import Planned, write_shards
 from graftory.errors import BaseMismatchError, ConfigError, MergeError
+from graftory.progress import Progress
 from graftory.training.base import quiet
 
 if TYPE_CHECKING:

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from graftory.compose.exports.files import DTYPES, size_of
 from graftory.errors import ConfigError, StorageError
+from graftory.progress import Progress
 
 PATTERN = "model{suffix}.safetensors"
 INDEX = "model.safetensors.index.json"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 1 << 24
 """Bytes handed to the system at a time."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with a tensor's name, the bytes written and those to write."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,11 @@ from graftory.data import Rows, TaskFile, load_rows, load_task
 from graftory.errors import ConfigError, MergeError
 from graftory.training import LoadedBase, load_base
 from graftory.training.metrics import LOWER_IS_BETTER, METRICS, measure
-from graftory.training.prediction import Query, Scored, score
+from graftory.training.prediction import HEADED, Query, Scored, score
+
+ENOUGH = 16
+"""So many rows that an adapter has not been trained on tell more of it than many that it has."""
+ALL = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +34,29 @@ class Trial:
     task: TaskFile
     rows: Rows
 
-    def queries(self, candidate: Adapter | None) -> list[Query]:
-        """The rows, with another adapter and the own head."""
+    @property
+    def metric(self) -> str:
+        """The task's metric; `loss` where it cannot be told from one forward pass."""
+        return self.task.metric if self.task.metric in METRICS and self.task.kind in HEADED else "loss"
+
+    def queries(self, candidate: Adapter | None, among: slice = ALL) -> list[Query]:
+        """Some of the rows, with another adapter and the own head."""
         info = self.rows.info(self.task)
         head = self.adapter if self.adapter.head_tensors() else None
-        pairs = zip(self.rows.texts, self.rows.targets, strict=True)
+        pairs = zip(self.rows.texts[among], self.rows.targets[among], strict=True)
         return [Query(text, candidate, head, info, target) for text, target in pairs]
+
+    def verdict(self, scored: Sequence[Scored]) -> Verdict:
+        """Of what became of the first rows."""
+        likelihoods = tuple(math.exp(-row.loss / max(1, row.targets)) for row in scored)
+        if self.metric == "loss":
+            loss = sum(row.loss for row in scored) / max(1, sum(row.targets for row in scored))
+            return Verdict("loss", loss, likelihoods)
+        classes = self.task.kind == "classification"
+        outputs = [
+            int(row.logits.argmax()) if classes else float(row.logits[0]) for row in scored if row.logits is not None
+        ]
+        return Verdict(self.metric, measure(self.metric, self.rows.targets[: len(scored)], outputs), likelihoods)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +64,7 @@ class Verdict:
     """How an adapter does on one trial.
 
     Attributes:
-        metric: The task's metric; `loss` where it cannot be told from one forward pass.
+        metric: That of the trial.
         value: Its value.
         rows: exp(−loss) of each row: for a classification the probability of the right label.
     """
@@ -79,7 +100,9 @@ def task_of(name: str, adapter: Adapter) -> TaskFile:
 
 
 def unseen_rows(adapter: Adapter, task: TaskFile, limit: int, seed: int) -> Rows:
-    """Training rows that an adapter was not trained on, if its record says that there are enough; else any of them."""
+    """At most `limit` training rows that an adapter was not trained on, if its record says that there are some; any
+    rows if there are neither so many of those nor 16.
+    """
     everything = load_rows(task, "train")
     told = adapter.spec.lineage
     count = told.parameters.get("rows")
@@ -88,7 +111,7 @@ def unseen_rows(adapter: Adapter, task: TaskFile, limit: int, seed: int) -> Rows
         if kept.hash == told.data_hash:
             seen = set(zip(kept.texts, kept.targets, strict=True))
             left = [pair for pair in zip(everything.texts, everything.targets, strict=True) if pair not in seen]
-            if len(left) >= limit:
+            if len(left) >= min(limit, ENOUGH):
                 texts, targets = zip(*left, strict=True)
                 everything = Rows("train", texts, targets, everything.labels)
     return everything.subsample(limit, seed)
@@ -149,20 +172,10 @@ class Bench:
 
     def judge_on(self, candidate: Adapter | None, number: int) -> Verdict:
         """How it does on one trial."""
+        return self.trials[number].verdict(self.scored_on(candidate, number))
+
+    def scored_on(self, candidate: Adapter | None, number: int, among: slice = ALL) -> list[Scored]:
+        """What becomes of some rows of one trial, whose verdict is to be made when more of them are there."""
         trial = self.trials[number]
-        scored = score(self.loaded(trial.task.kind), trial.queries(candidate), batch_size=self.batch_size)
-        return _verdict(trial, scored)
-
-
-def _verdict(trial: Trial, scored: Sequence[Scored]) -> Verdict:
-    likelihoods = tuple(math.exp(-row.loss / max(1, row.targets)) for row in scored)
-    name = trial.task.metric
-    if name not in METRICS or any(row.logits is None for row in scored):
-        return Verdict(
-            "loss", sum(row.loss for row in scored) / max(1, sum(row.targets for row in scored)), likelihoods
-        )
-    classes = trial.task.kind == "classification"
-    outputs = [
-        int(row.logits.argmax()) if classes else float(row.logits[0]) for row in scored if row.logits is not None
-    ]
-    return Verdict(name, measure(name, trial.rows.targets, outputs), likelihoods)
+        queries = trial.queries(candidate, among)
+        return score(self.loaded(trial.task.kind), queries, batch_size=self.batch_size)

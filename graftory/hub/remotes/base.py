@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 from graftory.hub.records import FileEntry, Record
+from graftory.progress import Progress
 
 Blobs = Callable[[FileEntry], Path]
 """Where a file of the local hub lies. It is not hashed: whoever keeps the bytes hashes them first."""
-Progress = Callable[[str, int, int], None]
-"""Called with what travels, the bytes done and the bytes in all."""
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody looks at."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ from graftory.hub.depot import Depot
 from graftory.hub.files import copy_on
 from graftory.hub.locate import is_hub
 from graftory.hub.records import FileEntry, Record
-from graftory.hub.remotes.base import Blobs, Foreign, Progress
+from graftory.hub.remotes.base import Blobs, Foreign
 from graftory.hub.resolve import resolve
+from graftory.progress import Progress
 
 _MAX_PATH = 4000
 """Most letters of a path; every system that we know takes less than 4096 bytes."""

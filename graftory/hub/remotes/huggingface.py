@@ -19,7 +19,7 @@ from graftory.hub.contents import check_file_names
 from graftory.hub.files import sha256_of
 from graftory.hub.records import FileEntry, Record
 from graftory.hub.remotes import huggingface_foreign
-from graftory.hub.remotes.base import Blobs, Foreign, Progress
+from graftory.hub.remotes.base import Blobs, Foreign
 from graftory.hub.remotes.card import card, is_untouched
 from graftory.hub.remotes.huggingface_client import Refs, Repo, StaleError
 from graftory.hub.remotes.huggingface_versions import (
@@ -38,6 +38,7 @@ from graftory.hub.remotes.huggingface_versions import (
 )
 from graftory.hub.signature_store import MAX_BYTES
 from graftory.hub.strict_json import SMALL
+from graftory.progress import Progress
 from graftory.schema import pretty
 
 if TYPE_CHECKING:

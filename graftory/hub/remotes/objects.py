@@ -18,9 +18,10 @@ from graftory.hub import strict_json
 from graftory.hub.files import sha256_of
 from graftory.hub.records import FileEntry, Record, check_stored_name, is_name, record_from_bytes
 from graftory.hub.remotes import objects_aliases
-from graftory.hub.remotes.base import Blobs, Foreign, Progress
+from graftory.hub.remotes.base import Blobs, Foreign
 from graftory.hub.remotes.objects_store import PART, Bucket, ConditionUnknownError
 from graftory.hub.signature_store import MAX_BYTES
+from graftory.progress import Progress
 from graftory.schema import pretty
 
 MARKER = "graftory-hub.json"

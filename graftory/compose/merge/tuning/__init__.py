@@ -9,8 +9,10 @@ from graftory.lazy import lazily
 
 if TYPE_CHECKING:
     from graftory.compose.merge.tuning.adamerging import TunedLayers, tune_layers
-    from graftory.compose.merge.tuning.auto import PORTFOLIO, Candidate, Chosen, Judged, auto_merge
+    from graftory.compose.merge.tuning.auto import Chosen, auto_merge
     from graftory.compose.merge.tuning.lorahub import Tried, tune_weights
+    from graftory.compose.merge.tuning.portfolio import PORTFOLIO, Candidate
+    from graftory.compose.merge.tuning.race import Judged
 
 __all__ = [
     "PORTFOLIO",
@@ -28,10 +30,10 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
-        "PORTFOLIO": "graftory.compose.merge.tuning.auto",
-        "Candidate": "graftory.compose.merge.tuning.auto",
+        "PORTFOLIO": "graftory.compose.merge.tuning.portfolio",
+        "Candidate": "graftory.compose.merge.tuning.portfolio",
         "Chosen": "graftory.compose.merge.tuning.auto",
-        "Judged": "graftory.compose.merge.tuning.auto",
+        "Judged": "graftory.compose.merge.tuning.race",
         "Tried": "graftory.compose.merge.tuning.lorahub",
         "TunedLayers": "graftory.compose.merge.tuning.adamerging",
         "auto_merge": "graftory.compose.merge.tuning.auto",

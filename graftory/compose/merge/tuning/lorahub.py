@@ -15,9 +15,8 @@ from graftory.compose.merge.lorahub import LorahubParameters
 from graftory.data import Rows, TaskFile
 from graftory.errors import ConfigError, MergeError
 from graftory.training import LoadedBase
-from graftory.training.prediction import Query, score
+from graftory.training.prediction import HEADED, Query, score
 
-_HEADED = ("classification", "regression")
 _FIRST_STEP = 0.5
 """COBYLA's first step: each weight alone at one half."""
 
@@ -122,7 +121,7 @@ def search(loss: Callable[[Sequence[float]], float], count: int, parameters: Lor
 
 def _head(adapters: Sequence[Adapter], info: TaskInfo) -> Adapter | None:
     """The first adapter that can read the task, where a head is needed."""
-    if info.kind not in _HEADED:
+    if info.kind not in HEADED:
         return None
     for adapter in adapters:
         own = adapter.spec.task
