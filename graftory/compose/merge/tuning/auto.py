@@ -10,7 +10,7 @@ from graftory.compose.merge import METHODS, needs_base
 from graftory.compose.merge.judging import Bench, trials_of
 from graftory.compose.merge.tuning.parameters import AutoParameters
 from graftory.compose.merge.tuning.portfolio import PORTFOLIO, Candidate, Maker, Recipe, recipe_of
-from graftory.compose.merge.tuning.race import FIRST, NEAR, Entrant, Judged, race
+from graftory.compose.merge.tuning.race import FIRST, Entrant, Judged, race
 from graftory.errors import MergeError
 from graftory.progress import Progress, silent
 from graftory.schema import Json, encode
@@ -25,7 +25,7 @@ class Chosen:
 
     Attributes:
         adapter: The merge by what was judged best; its record names method, weights and parameters, and regenerates it.
-        best: Its row: the first of the portfolio that is no more than a standard error behind the best, or a single
+        best: Its row: the first of the portfolio that is no more than two standard errors behind the best, or a single
             adapter where that is the best.
         table: Everything that was tried, what was judged on the most rows first, then by score.
         tasks: The adapters whose tasks were judged on, in the order of `Judged.metrics`, with the metric of each.
@@ -120,4 +120,4 @@ def _choice(table: Sequence[Judged], ranked: Sequence[Judged]) -> Judged:
         )
     if first.floor == "single":
         return first
-    return next(row for row in table if row.rows == first.rows and row.within(NEAR))
+    return next(row for row in table if row.rows == first.rows and row.near)

@@ -15,9 +15,7 @@ from graftory.training.prediction import Scored
 FIRST = 16
 """Rows of each task that all are judged on."""
 BEHIND = 2.0
-"""So many standard errors behind the best, a merge goes."""
-NEAR = 1.0
-"""So many standard errors behind the best at the end, a merge cannot be told from it."""
+"""So many standard errors behind the best, a merge can be told from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +62,10 @@ class Judged:
     rows: int = 0
     problem: str | None = None
 
-    def within(self, errors: float) -> bool:
-        """Whether it is no more than so many standard errors behind the best."""
-        return self.behind is not None and self.behind[0] <= errors * self.behind[1]
+    @property
+    def near(self) -> bool:
+        """Whether its last rows cannot tell it from the best."""
+        return self.behind is not None and self.behind[0] <= BEHIND * self.behind[1]
 
 
 def race(bench: Bench, entrants: Sequence[Entrant], progress: Progress) -> list[Judged]:
@@ -84,7 +83,7 @@ def race(bench: Bench, entrants: Sequence[Entrant], progress: Progress) -> list[
             progress(f"on {look} rows of each task", done, len(left))
             verdicts[one.name] = seen[one.name].until(look)
         table |= {row.name: row for row in judged(left, verdicts, own.until(look), look)}
-        left = [one for one in left if table[one.name].within(BEHIND)]
+        left = [one for one in left if table[one.name].near]
         if len(left) == 1:
             break
     return list(table.values())
