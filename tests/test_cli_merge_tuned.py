@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def test_auto_shows_what_it_tried_and_is_made_again(home: Home) -> None:
     assert again["same"]
     refused = invoke(home, "best", "--without", "two", "--name", "never")
     assert "its method was found with all parents in it" in refused.stderr
+
+
+def test_auto_tells_people_why(home: Home) -> None:
+    shown = run(home, "two", "three", "--method", "auto", "--tune-rows", "6", "--name", "told").output
+    told = Hub.open(home.hub).record("told").spec.lineage.parameters["auto"]
+    tried = [row for row in told["tried"] if row["score"] is not None and row["rows"] == 6]
+    left = sum(row["behind"][0] <= 2 * row["behind"][1] for row in tried)
+    why = "the best" if left == 1 else f"of {left} that 6 rows of each task cannot tell apart"
+    assert f"{told['chosen']} is kept, {why}\n" in shown
+    assert re.search(r"→ " + re.escape(told["chosen"]) + r" .* 6 ", shown)
 
 
 def test_weights_are_tuned_and_recorded(home: Home) -> None:
