@@ -257,14 +257,17 @@ def main() -> None:
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["machine"] = {"processor": platform.machine(), "threads": torch.get_num_threads(), **library_versions()}
     for part in options.parts.split(","):
-        results[part] = PARTS[part](options)
+        found = PARTS[part](options)
         if part == "accuracy":
-            Console().print(Markdown(markdown(results[part])))
+            # what was measured on other rows stays beside it
+            found = {**results.get(part, {}), str(options.test_rows): found}
+            Console().print(Markdown(markdown(found)))
         else:
-            show(part, results[part])
+            show(part, found)
+        results[part] = found
         if not options.no_write:
             if part == "accuracy":
-                RESULTS.with_suffix(".md").write_text(markdown(results[part]))
+                RESULTS.with_suffix(".md").write_text(markdown(found))
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 

@@ -112,7 +112,13 @@ def summary(kept: Kept, keys: Sequence[CaseKey], rows: Sequence[str]) -> dict[st
             for ranks in RANKS
             for what, one in margin_of(scores, [key for key in measured if key.ranks == ranks]).items()
         },
-        "auto": auto_summary(scores),
+        "auto": {
+            f"{ranks} ranks, {what}": value
+            for ranks in RANKS
+            for what, value in auto_summary(
+                {row: {key: one for key, one in own.items() if key.ranks == ranks} for row, own in scores.items()}
+            ).items()
+        },
     }
 
 
@@ -172,8 +178,17 @@ def auto_summary(scores: Mapping[str, Scores]) -> dict[str, float]:
     }
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """The table as text."""
+def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The tables as text, by how many test rows of each task they are of, the most first."""
+    head = (
+        "Normalised accuracy, %, mean ± std over seeds (merges). – : refused, of a larger rank than asked for, or not "
+        "measured.\n"
+    )
+    parts = [f"\n## {rows} test rows of each task\n\n{_table(found[rows])}" for rows in sorted(found, key=int)[::-1]]
+    return head + "".join(parts)
+
+
+def _table(found: Mapping[str, Any]) -> str:
     table: Mapping[str, Mapping[str, tuple[float, float] | None]] = found["table"]
     groups: Mapping[str, int] = found["cases"]
     lines = [f"| | {' | '.join(f'{group} ({count})' for group, count in groups.items())} |"]
@@ -187,8 +202,4 @@ def markdown(found: Mapping[str, Any]) -> str:
         for what, one in found["margin"].items()
     ]
     told += [f"auto, {what}: {value:.2f}" for what, value in found["auto"].items()]
-    head = (
-        "Normalised accuracy, %, mean ± std over seeds (merges). – : refused, of a larger rank than asked for, or not "
-        "measured.\n\n"
-    )
-    return head + "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in told) + "\n"
+    return "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in told) + "\n"
