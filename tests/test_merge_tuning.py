@@ -383,6 +383,15 @@ def test_auto_that_keeps_fisher_is_made_again(home: Home) -> None:
     assert merge_again(hub, hub.put("auto-fisher", found.adapter)).same
 
 
+def test_an_adapter_may_be_called_like_a_method(home: Home) -> None:
+    adapters = {"tsv": home.adapters["two"], "soup": home.adapters["three"]}
+    found = auto_merge(adapters, rows=4, portfolio=[one for one in FEW if one.name == "tsv"])
+    assert {row.name for row in found.table} == {"tsv", "tsv alone", "soup alone", "nothing (the bare base)"}
+    methods = {row.name: row.method for row in found.table}
+    assert (methods["tsv"], methods["tsv alone"]) == ("tsv", "linear")
+    assert [name for name, _ in found.tasks] == ["tsv", "soup"]
+
+
 def test_auto_takes_no_merge_that_is_worse_than_nothing(home: Home) -> None:
     two, three = home.adapters["two"], home.adapters["three"]
     worst = Candidate("against", "linear", -1.0)

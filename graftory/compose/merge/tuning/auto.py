@@ -85,8 +85,9 @@ def auto_merge(
         entrants.append(_entrant(one, maker, recipes[one.name]))
     for number, name in enumerate(adapters):
         only = tuple(float(other == number) for other in range(len(parts)))
-        recipes[name] = Recipe("linear", only, METHODS["linear"].params())
-        entrants.append(Entrant(name, "linear", "single", parts[number]))
+        alone = f"{name} alone"  # an adapter may have the name of a method
+        recipes[alone] = Recipe("linear", only, METHODS["linear"].params())
+        entrants.append(Entrant(alone, "linear", "single", parts[number]))
     entrants.append(Entrant("nothing (the bare base)", None, "nothing", None))
     table = race(bench, entrants, progress)
     ranked = sorted(table, key=lambda row: (-row.rows, -(row.score or 0.0)))
