@@ -194,6 +194,8 @@ def _table(found: Mapping[str, Any]) -> str:
     lines = [f"| | {' | '.join(f'{group} ({count})' for group, count in groups.items())} |"]
     lines.append("|---" * (len(groups) + 1) + "|")
     for row, cells in table.items():
+        if not any(cells.values()):
+            continue
         shown = ["–" if (cell := cells[g]) is None else f"{cell[0]:.1f} ± {cell[1]:.1f}" for g in groups]
         lines.append(f"| {row} | {' | '.join(shown)} |")
     told = [
