@@ -195,3 +195,13 @@ def test_the_words_of_a_text_task_are_checked_and_may_be_numbers(tmp_path: Path)
             TaskFile(name="mine", kind="causal_lm", data=source, text="sentence", target="class", labels=("a", "b")),
             "train",
         )
+
+
+def test_the_first_rows_of_a_shuffle_are_those_that_are_drawn() -> None:
+    rows = Rows("train", tuple("abcdefgh"), tuple(range(8)), ())
+    shuffled = rows.shuffled(3)
+    assert sorted(zip(shuffled.texts, shuffled.targets, strict=True)) == list(zip("abcdefgh", range(8), strict=True))
+    assert shuffled.texts != rows.texts
+    assert rows.shuffled(4).texts != shuffled.texts
+    for count in range(1, 9):
+        assert set(shuffled.texts[:count]) == set(rows.subsample(count, 3).texts)
