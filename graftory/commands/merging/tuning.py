@@ -164,6 +164,6 @@ def print_chosen(found: Chosen) -> None:
     for row in found.table:
         if row.problem is not None:
             click.echo(f"{row.name} was not tried: {printable(row.problem)}")
-    left = sum(row.near and row.rows == found.best.rows for row in found.table)
+    left = sum(row.near for row in found.table)
     why = "the best" if left == 1 else f"of {left} that {found.best.rows} rows of each task cannot tell apart"
     click.echo(f"{printable(found.best.name)} is kept, {why}")

@@ -121,4 +121,4 @@ def _choice(table: Sequence[Judged], ranked: Sequence[Judged]) -> Judged:
         )
     if first.floor == "single":
         return first
-    return next(row for row in table if row.rows == first.rows and row.near)
+    return next(row for row in table if row.near)

@@ -64,14 +64,14 @@ class Judged:
 
     @property
     def near(self) -> bool:
-        """Whether its last rows cannot tell it from the best."""
+        """Whether its last rows cannot tell it from the best: after a race, whether it is left."""
         return self.behind is not None and self.behind[0] <= BEHIND * self.behind[1]
 
 
 def race(bench: Bench, entrants: Sequence[Entrant], progress: Progress) -> list[Judged]:
     """Judge on 16 rows of each task, on twice as many those that are not clearly behind, until the rows are used up.
 
-    The table has the order of the entrants; those with the most rows are the ones that are left.
+    The table has the order of the entrants; those that are left are near.
     """
     own = _Seen(bench, [trial.adapter for trial in bench.trials])
     seen = {one.name: _Seen(bench, [one.adapter] * len(bench.trials)) for one in entrants if one.problem is None}
