@@ -14,7 +14,7 @@ of its peers.
   that there its users' way is taken: one batch an adapter. `one` is graftory with one adapter for the batch, `held` a
   mixed batch whose route was put in force before, as in `generate`.
 - `gpu-models`: `models` on a GPU, the base in bf16 and its adapters in fp32; there is hidden size 4096 (2 layers) too.
-  The results are of `--sizes 384 --tokens 1,64 --adapters 8`.
+  The results are of `--sizes 384,4096 --tokens 1,64 --adapters 8`.
 - `linears`: one frozen linear layer, d = 384, 64 rows of 32 tokens, all adapters learning. Peers: a loop over
   adapters, and gather and batched products, both through autograd.
 - `gpu`: bf16, d = 4096, ranks 8 to 128, 1 to 8192 tokens, 1 to 256 adapters; the device's own time for a graph of the
