@@ -2,6 +2,7 @@
 
     python benchmarks/continual_growth.py                       # all strategies; --folder keeps what is done
     python benchmarks/continual_growth.py --strategies isolated --tasks 10 --no-write
+    python benchmarks/continual_growth.py --strategies gated    # the rows of the others stay in the results
 
 Base: All-MiniLM-L6-v2, fp32; LoRA of rank 8 on all linears; 20 steps of 8 rows a task, heads at 1e-2. Tasks: pairs of
 banking77's intents, then SMS spam and disaster tweets; 40 test rows each. All are told the task but for the router. CPU
@@ -58,7 +59,8 @@ def main() -> None:
             own = ["--folder", str(options.folder), "--tasks", str(options.tasks), "--one", strategy]
             subprocess.run([sys.executable, __file__, *own], check=True)
         rows += list(rows_of(place, strategy))
-    write(rows, None if options.no_write else Path(__file__).parent / "results")
+    results = None if options.no_write else Path(__file__).parent / "results"
+    write([*rows, *others(rows, results)], results)
 
 
 def arguments() -> argparse.Namespace:
@@ -127,8 +129,16 @@ def row_of(report: Report, run: RunFolder, begins: dict[int, float], strategy: s
     return row
 
 
+def others(rows: Sequence[Row], results: Path | None) -> Sequence[Row]:
+    """What the results have of strategies that were not asked for."""
+    file = results / "continual_growth.json" if results else None
+    known = json.loads(file.read_text())["rows"] if file and file.exists() else []
+    return [row for row in known if row["strategy"] not in {each["strategy"] for each in rows}]
+
+
 def write(rows: Sequence[Row], folder: Path | None) -> None:
     """Print the table, and write it with the figures and a picture."""
+    rows = sorted(rows, key=lambda row: (list(RATES).index(row["strategy"]), row["tasks"]))
     columns = list(dict.fromkeys(key for row in rows for key in row))
     shown = [{key: _shown(row.get(key)) for key in columns} for row in rows]
     title = [

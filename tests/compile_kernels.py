@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from graftory.kernels.batched_lora import kernel
-from graftory.kernels.batched_lora.launch import Blocks, blocks_for, expand_block
+from graftory.kernels.batched_lora.launch import PRODUCT, Blocks, blocks_for, expand_block
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,8 +38,8 @@ UNIT = {
 FP32 = {"shrink": ("out",), "expand": ("hidden", "scale", "weight"), "outer": ("hidden", "scale", "weight")}
 
 
-def signature_of(name: str, fn: Any, dtype: str, given: Mapping[str, Any]) -> dict[str, str]:
-    """The types of a kernel's arguments, by their names; those of `given` are constants."""
+def signature_of(name: str, fn: Any, dtype: str, given: Mapping[str, Any], read: str = "") -> dict[str, str]:
+    """The types of a kernel's arguments, by their names; those of `given` are constants. With `read`, x's is that."""
     types = {}
     for each in fn.params:
         if each.name in given:
@@ -52,6 +52,8 @@ def signature_of(name: str, fn: Any, dtype: str, given: Mapping[str, Any]) -> di
             types[each.name] = f"*{dtype}"
         else:
             types[each.name] = "i32"
+    if read and "x" in types:
+        types["x"] = f"*{read}"
     return types
 
 
@@ -64,6 +66,8 @@ class Case:
     blocks: Blocks
     layout: int
     slices: int = 1
+    read: str = ""
+    """What x is, where it is not what the factors are."""
 
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -91,6 +95,8 @@ CASES = (
     *cases("sm_90", "fp32", PREFILL, (128,), (0, 1), 3),
     *cases("sm_80", "bf16", PREFILL, (128,), (0, 1), 3),
     *cases("gfx942", "bf16", PREFILL, (16,), (0, 1), 3),
+    *(replace(case, read="bf16") for case in cases("sm_90", "fp32", PREFILL, (8, 128), (0, 1))),
+    *(replace(case, read="bf16") for case in cases("sm_80", "fp32", PREFILL, (128,), (0,))),
 )
 
 
@@ -113,11 +119,12 @@ def compiled(name: str, case: Case) -> dict[str, Any]:
     given: Mapping[str, Any] = {
         "places": 1, "parts": 1, "unit": 16, "slices": slices, "adding": case.layout == 0 and case.slices == 1,
         "block_m": block.m, "block_r": blocks.r, "block_d": block.d,
-        "precision": "ieee", "upcast": False, **dict.fromkeys(UNIT[name][case.layout], 1),
+        "product": PRODUCT[TYPES[case.dtype]], "precision": "ieee", "upcast": False,
+        **dict.fromkeys(UNIT[name][case.layout], 1),
         **({} if apart(name, case) else {"columns": None}),
     }  # fmt: skip
     options = {"num_warps": block.warps, **({} if name == "shrink" else {"num_stages": 1})}
-    made = build(fn, signature_of(name, fn, case.dtype, given), given, case.target, options)
+    made = build(fn, signature_of(name, fn, case.dtype, given, case.read), given, case.target, options)
     return {**asdict(case), **made}
 
 

@@ -70,6 +70,18 @@ def beside_a_layer(given: kernel_samples.Batch, dtype: torch.dtype) -> Pairs:
     return found, [layer.double() + update, *gradients]
 
 
+def of_a_16_bit_layer(given: kernel_samples.Batch, dtype: torch.dtype) -> Pairs:
+    """Its inputs and outputs, and the gradient of those, are read as they are; its adapters are fp32."""
+    rounded = replace(given.to(torch.float32), x=given.x.to(dtype))
+    leaves = on_gpu(rounded).learning()
+    layer, onto = lora.outputs_of(given, dtype)
+    total = lora.run(lora.padded_with_nan(leaves), onto.cuda().requires_grad_().clone())
+    grad = torch.randn(total.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    found = [total.detach(), *torch.autograd.grad(total, leaves.leaves(), grad.cuda())]
+    update, *gradients = kernel_samples.expected(rounded, grad)
+    return found, [layer.double() + update, *gradients]
+
+
 def of_neck(given: bottleneck_samples.Neck, dtype: torch.dtype) -> Pairs:
     rounded = given.to(dtype)
     leaves = on_gpu(rounded).learning()
@@ -105,6 +117,7 @@ def of_slices(given: plain_slices.Sliced, dtype: torch.dtype) -> Pairs:
 KINDS: Mapping[str, tuple[Mapping[str, Any], Callable[[Any, torch.dtype], Pairs]]] = {
     "lora": (lora.SWEEP, of_lora),
     "beside": (lora.SWEEP, beside_a_layer),
+    "a 16-bit layer": (lora.SWEEP, of_a_16_bit_layer),
     "bottleneck": (neck.SWEEP, of_neck),
     "scale": (scale.SWEEP, of_scale),
     "head": ({**head.SWEEP, "large": head.LARGE}, of_head),

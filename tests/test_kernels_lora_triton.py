@@ -74,6 +74,19 @@ def outputs_of(given: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return made, roomy.view(shape).copy_(made)
 
 
+def saved(call: Callable[[], Tensor]) -> set[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of all that is kept for a backward."""
+    found = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        found.add((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        call()
+    return found
+
+
 MORE: dict[str, Batch] = {
     "a block and one": batch([[0]] * 17 + [[1]] * 15, (16, 8), tokens=1),
     "large": batch([[k % 3] for k in range(13)], (1, 64, 128), tokens=10, inputs=130, outputs=70),
@@ -128,6 +141,46 @@ def test_what_it_is_added_to_may_have_another_precision(name: str) -> None:
     assert (total.dtype, total.data_ptr()) == (torch.bfloat16, onto.data_ptr())
     assert error(total, layer.double() + run(given).double()) < 2**-8
     assert worst(errors(SWEEP[name], torch.float32, beside=torch.bfloat16)) < 2**-8
+
+
+@pytest.mark.parametrize("name", ["some none", "alone and wide", "mixtures", "large"])
+@pytest.mark.parametrize(("read", "factors"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+@pytest.mark.usefixtures("launch")
+def test_the_input_is_read_as_it_is(name: str, read: torch.dtype, factors: torch.dtype) -> None:
+    """As if x had been brought to the factors' precision first, but no copy of it is made or kept.
+
+    To the bit, but where something is rounded to bfloat16: Triton's interpreter cuts its digits off.
+    """
+    given = SWEEP[name].to(factors)
+    given = replace(given, x=SWEEP[name].x.to(read))
+    leaves, brought = given.learning(), replace(given, x=given.x.to(factors)).learning()
+    update, wanted = run(leaves), run(brought)
+    assert update.dtype == factors
+    exact = factors == torch.float32
+    assert torch.equal(update, wanted) if exact else error(update.detach(), wanted.detach()) < 2**-6
+    assert not saved(lambda: run(leaves)) & {(tuple(leaves.x.shape), factors)}
+    grad = torch.randn(update.shape, generator=torch.Generator().manual_seed(7)).to(factors)
+    found = torch.autograd.grad(update, leaves.leaves(), grad)
+    for leaf, got, want in zip(
+        leaves.leaves(), found, torch.autograd.grad(wanted, brought.leaves(), grad), strict=True
+    ):
+        assert got.dtype == leaf.dtype
+        assert torch.equal(got, want) if exact and leaf is not leaves.x else error(got, want) < 2**-6
+
+
+@pytest.mark.parametrize("name", ["some none", "alone and wide"])
+@pytest.mark.usefixtures("launch")
+def test_a_gradient_is_read_as_it_is_too(name: str) -> None:
+    """Of a 16-bit layer's output that fp32 adapters are added to: as if it had been widened first."""
+    given = SWEEP[name].to(torch.float32)
+    leaves = given.learning()
+    _, onto = outputs_of(given, torch.bfloat16)
+    total = run(leaves, onto)
+    grad = torch.randn(total.shape, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16)
+    found = torch.autograd.grad(total, leaves.leaves(), grad)
+    beside = given.learning()
+    wanted = torch.autograd.grad(run(beside), beside.leaves(), grad.float())
+    assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("name", ["some none", "alone and wide"])
@@ -220,7 +273,9 @@ def meter(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Meter:
         with found.call(reads, sum(n * matrix.shape[2] for _, n in used)):
             return shrink(x, matrix, batch, split=split)
 
-    def metered_expand(hidden: Tensor, matrix: Tensor, batch: Any, onto: Tensor | None = None) -> Any:
+    def metered_expand(
+        hidden: Tensor, matrix: Tensor, batch: Any, *, onto: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
         width, entries = matrix.shape[3], len(batch.adapter)
         used, before = used_by(batch)
         # a tile without an adapter reads its entries, as it writes zeros there; or it has nothing to add
@@ -231,7 +286,7 @@ def meter(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Meter:
         written = (entries if onto is None else entries - unused) * width
         assert width <= batch.blocks.expand.d
         with found.call(reads if onto is None else reads + written, written):
-            return expand(hidden, matrix, batch, onto=onto)
+            return expand(hidden, matrix, batch, onto=onto, dtype=dtype)
 
     def metered_outer(hidden: Tensor, x: Tensor, out: Tensor, batch: Any) -> None:
         ranks, counts = batch.ranks[0].tolist(), batch.tiles.offsets.diff().tolist()[:-1]

@@ -70,8 +70,11 @@ def one(of: dict[str, Any], place: Place) -> dict[str, Any]:
     }
     with route:
         times = quartiles(runs, place)
-    times |= quartiles(trainings(adapted, model, rows, batch), place)
-    return {"of": of, "milliseconds": {k: round(v, 3) for k, v in times.items()}, "ratios": ratios(times, FORWARD)}
+    steps = trainings(adapted, model, rows, batch)
+    times |= quartiles(steps, place)
+    peaks = {name: place.peak(run) for name, run in steps.items()}
+    found = {"of": of, "milliseconds": {k: round(v, 3) for k, v in times.items()}, "ratios": ratios(times, FORWARD)}
+    return found | ({"peak megabytes": peaks} if place.device == "cuda" else {})
 
 
 def trainings(adapted: AdaptedModel, model: Any, rows: list[str], batch: dict[str, Tensor]) -> dict[str, Run]:

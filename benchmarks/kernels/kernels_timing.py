@@ -26,6 +26,15 @@ class Place:
         """The same tensors there."""
         return {name: each.to(self.device) for name, each in batch.items()}
 
+    def peak(self, run: Run) -> float | None:
+        """Megabytes of a GPU that a run needs beyond what is there; nothing is asked of a CPU."""
+        if self.device != "cuda":
+            return None
+        there = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - there) / 2**20
+
     def settle(self) -> None:
         """Wait until all that was begun there is done."""
         if self.device == "cuda":

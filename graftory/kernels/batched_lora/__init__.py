@@ -61,13 +61,15 @@ def batched_lora(
     check_shape("weight", weight, tuple(routing.index.shape))
     check_shape("ranks", ranks, (k,))
     dtype = working_dtype(a)
-    rows, shape = as_rows(x if x.dtype == dtype else x.to(dtype))
+    rows, shape = as_rows(x)
     if a.dtype != dtype or b.dtype != dtype:  # to ask costs less than `to` does where there is nothing to do
         a, b = a.to(dtype), b.to(dtype)
     weights = weight if weight is None or weight.dim() == 2 else weight[:, None]
-    inputs = Inputs(rows, a, b, scale, routing.places, weights, ranks)
     plain = routing.plain(rows, k)
-    chosen = resolved(backend, rows, fits=rank <= MAX_RANK, wanted=f"rank {MAX_RANK} at most", plain=plain)
+    chosen = resolved(backend, rows, a, fits=rank <= MAX_RANK, wanted=f"rank {MAX_RANK} at most", plain=plain)
+    if chosen == "torch" and rows.dtype != dtype:  # a kernel reads x as it is
+        rows = rows.to(dtype)
+    inputs = Inputs(rows, a, b, scale, routing.places, weights, ranks)
     wanted = (*shape[:-1], b.shape[1])
     check_shape("onto", onto, wanted)
     return apply(inputs, routing, chosen, None if onto is None else as_rows(onto)[0]).reshape(wanted)

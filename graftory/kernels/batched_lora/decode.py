@@ -64,7 +64,7 @@ def shrink(
                 mask=(r < rank)[:, None] & (d < width)[None, :],
                 other=0.0,
             )
-            total += row.to(tl.float32)[None, :] * matrix.to(tl.float32)
+            total += row.to(matrix.dtype).to(tl.float32)[None, :] * matrix.to(tl.float32)
         tl.store(
             out + slice_ * out_slice + part * out_part + entry * rank_stride + r,
             tl.sum(total, 1),

@@ -14,6 +14,9 @@ Several slices (query, key and value; gate and up) are one launch: `ranks` is [S
 the slice. Where `columns` is given, slice s has the columns from `columns[s]` to `columns[s + 1]` of what is otherwise
 shared, counted in units: that a width is a multiple of 16 then shows, and numbers are read several at once.
 
+x, dY and dX may have another precision than the factors, in which products are taken: they are rounded, or widened, as
+they are read, so that a 16-bit model with fp32 adapters makes no fp32 copy of its activations. `outer` is told which.
+
 `tl.dot` needs blocks of 16 or more. Where `upcast` is set, 16-bit numbers are widened as soon as they are read:
 Triton's interpreter multiplies bfloat16 wrongly.
 """
@@ -89,6 +92,7 @@ def shrink(
                 mask=(r < rank)[None, :] & (d < width)[:, None],
                 other=0.0,
             )
+            rows = rows.to(matrix.dtype)
             if upcast:
                 rows, matrix = rows.to(tl.float32), matrix.to(tl.float32)
             total = tl.dot(rows, matrix, total, input_precision=precision)
@@ -221,6 +225,7 @@ def outer(
     block_m: tl.constexpr,
     block_r: tl.constexpr,
     block_d: tl.constexpr,
+    product: tl.constexpr,
     precision: tl.constexpr,
     upcast: tl.constexpr,
 ) -> None:
@@ -262,6 +267,7 @@ def outer(
             mask=inside[:, None] & (d < width)[None, :],
             other=0.0,
         )
+        numbers = numbers.to(product)
         if upcast:
             numbers = numbers.to(tl.float32)
         total = tl.dot(rows.to(numbers.dtype), numbers, total, input_precision=precision)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from graftory.kernels.batched_lora import decode, kernel
@@ -18,6 +19,8 @@ from graftory.kernels.tiles import Tiles
 
 INTERPRETED = type(kernel.shrink).__name__ == "InterpretedFunction"
 """Whether `TRITON_INTERPRET` was set when the kernels were made: then they run on the CPU, slowly."""
+PRODUCT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+"""In what a product is taken, by the dtype of the factors."""
 MAX_PARTS = 32
 """Of a sum: a program of `expand` reads them all."""
 OUTER_PROGRAMS = 512
@@ -203,7 +206,9 @@ def backward(grad: Tensor, hidden: Tensor, inputs: Inputs, routing: Routing, nee
     inner = shrink(flat, b.transpose(1, 2)[None], batch, split=False)
     grad_x = grad_a = grad_b = None
     if needed.x:
-        grad_x = rows_of(expand(inner, a[None], batch), x)
+        # places are added up before they are rounded to x's precision
+        dtype = x.dtype if batch.places == 1 else a.dtype
+        grad_x = rows_of(expand(inner, a[None], batch, dtype=dtype), x).to(x.dtype)
     if needed.a:
         grad_a = empty(tuple(a.shape), a.dtype, a.device)
         outer(inner[:, 0], batch.tokens, grad_a[None], batch)
@@ -334,7 +339,8 @@ def expand(
 def outer(hidden: Tensor, x: Tensor, out: Tensor, batch: Batch, *, columns: Columns | None = None) -> None:
     """Fill `out` [S, K, R, D], in any layout: zeros for adapters without entries and behind a rank.
 
-    Here `hidden` is [S, E, R]. With `columns`, x [., D] and `out` [1, K, R, D] hold the slices side by side.
+    Here `hidden` is [S, E, R], and `out` of the factors' dtype. With `columns`, x [., D] and `out` [1, K, R, D] hold
+    the slices side by side.
     """
     tiles, block, slices = batch.tiles, batch.blocks.outer, hidden.shape[0]
     _, adapters, rank, width = out.shape
@@ -349,7 +355,7 @@ def outer(hidden: Tensor, x: Tensor, out: Tensor, batch: Batch, *, columns: Colu
         batch.row_entries, starts, adapters, width, rank, hidden.stride(0), *x.stride(),
         out_part, 0 if columns else out_slice, *out_strides,
         places=batch.places, parts=parts, unit=unit, block_m=block.m, block_r=batch.blocks.r, block_d=block.d,
-        precision="ieee", upcast=INTERPRETED, num_warps=block.warps, num_stages=1,
+        product=PRODUCT[out.dtype], precision="ieee", upcast=INTERPRETED, num_warps=block.warps, num_stages=1,
     )  # fmt: skip
     if parts > 1:
         out.copy_(partial.sum(0))

@@ -42,9 +42,9 @@ def run_backward(
     needed: Needed,
     leave: gathered.Leave = Product.made,
 ) -> Gradients:
-    """Gradients of x, a, b and weight."""
+    """Gradients of x, a, b and weight; what the update was added to, and so its gradient, may have another dtype."""
     if backend == "torch":
-        return gathered.backward(grad, hidden, inputs, routing, needed, leave)
+        return gathered.backward(grad.to(inputs.a.dtype), hidden, inputs, routing, needed, leave)
     from graftory.kernels.batched_lora import launch
 
     return launch.backward(grad, hidden, inputs, routing, needed)
@@ -72,8 +72,7 @@ class BatchedLora(torch.autograd.Function):
         hidden, *inputs = ctx.saved_tensors
         _, _, onto, x, a, b, _, _, weight, _ = ctx.needs_input_grad
         needed, way = Needed(x, a, b, weight), partial(leave, inputs[0])
-        mine = grad.to(inputs[0].dtype)  # what it was added to may have another
-        found = run_backward(mine, hidden, Inputs(*inputs), ctx.routing, ctx.backend, needed, way)
+        found = run_backward(grad, hidden, Inputs(*inputs), ctx.routing, ctx.backend, needed, way)
         return None, None, grad if onto else None, found.x, found.a, found.b, None, None, found.weight, None
 
 
@@ -93,7 +92,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     *inputs, backend = arguments
     x, a, b, _, index, *_ = Inputs(*inputs)
     (rows, tokens, _), places, rank = x.shape, index.shape[1], a.shape[1]
-    update = x.new_empty(rows, tokens, b.shape[1])
+    update = a.new_empty(rows, tokens, b.shape[1])
     if backend == "torch":
         return update, x.new_empty(rows, places * rank, tokens)
     return update, x.new_empty(rows * tokens * places, rank, dtype=torch.float32)
