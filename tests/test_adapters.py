@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from graftory import BottleneckConfig, LoraConfig, attach, base_of, new_adapter
+from graftory.adapters.route import Row
 from graftory.config import Placement
 from graftory.errors import BaseMismatchError, RouteError, ShapeError, UnsupportedAdapterError
 from graftory.kernels import inlet
@@ -150,6 +152,30 @@ def test_mixture_is_the_weighted_sum_of_updates() -> None:
     expected = torch.nn.functional.linear(x, query.weight, query.bias)
     torch.testing.assert_close(out[0], expected[0] + x[0] @ delta.T, atol=1e-5, rtol=1e-5)
     assert torch.equal(out[1], expected[1])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_one_mixture_for_all_rows_is_what_it_is_beside_other_rows(dropout: float) -> None:
+    """Its adapters are taken one after the other then; here beside a row without one, in closed form above."""
+    model, batch = tiny_model("bert"), tiny_batch("bert", rows=4)
+    adapted = attach(
+        model, {name: make(model, LoraConfig(rank=r, dropout=dropout), seed=r) for name, r in (("a", 2), ("b", 3))}
+    )
+    body: Any = model.bert
+    weights = torch.tensor([0.7, -0.4], requires_grad=True)
+    row: Row = {"a": weights[0], "b": weights[1]}
+    learnt = []
+    for rows in ([row] * 4, [row] * 3 + [None]):
+        adapted.train_only("a")
+        for site in adapted.sites.values():
+            site.train()
+        with adapted.route(rows):
+            hidden = body(**batch).last_hidden_state[:3]
+        leaves = [weights, *adapted.trainable()]
+        learnt.append([hidden, *torch.autograd.grad(hidden.square().sum(), leaves)])
+    assert learnt[0][1].abs().min() > 0
+    for alone, beside in zip(*learnt, strict=True):
+        torch.testing.assert_close(alone, beside, atol=1e-4, rtol=1e-4)
 
 
 def test_only_the_chosen_adapter_learns() -> None:

@@ -26,3 +26,31 @@ def test_it_is_known_whether_all_rows_have_as_many_adapters(rows: str | list[Row
     assert bool((selection.index >= 0).all()) is full
     assert all(part.full for part in selection.apart())
     assert all(part.full and (part.index == 0).all() for _, part in selection.each())
+
+
+@pytest.mark.parametrize(
+    ("rows", "alike"),
+    [
+        ([{"a": 0.5, "b": 2.0}], True),
+        ([{"a": 0.5, "b": 2.0}, None, {"a": 1.0, "b": 1.0}], True),
+        ([{"a": 0.5, "b": 2.0}, "a", None], False),
+        (["a", "b", "a"], False),
+        ("b", True),
+    ],
+)
+def test_adapters_that_all_rows_share_come_one_by_one(rows: str | list[Row], alike: bool) -> None:
+    selection = make_route(rows, None, KNOWN).select(("slot1", "slot0"), torch.zeros(3, 1))
+    assert selection is not None
+    assert selection.alike is alike
+    if not alike:
+        return
+    parts = selection.singles()
+    assert [part.slots for part in parts] == [(slot,) for slot in ("slot0", "slot1") if slot in selection.slots]
+    assert parts is selection.singles()
+    for at, part in enumerate(parts):
+        assert part.rows is selection.rows
+        assert part.full
+        assert not part.index.any()
+        assert torch.equal(part.places[:, 0], selection.places[:, at])
+        assert (part.weights is None) is (selection.weights is None)
+        assert selection.weights is None or torch.equal(part.weights[:, 0], selection.weights[:, at])  # type: ignore[index]
