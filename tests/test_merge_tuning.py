@@ -18,10 +18,11 @@ from graftory.compose.merge.adamerging import AdamergingParameters
 from graftory.compose.merge.judging import ALL, Bench, Trial, Verdict, task_of, trials_of, unseen_rows
 from graftory.compose.merge.lego import LegoParameters
 from graftory.compose.merge.lorahub import LorahubParameters
+from graftory.compose.merge.temperature import calibrated, temperature_of
 from graftory.compose.merge.tuning import PORTFOLIO, AutoParameters, Candidate, auto_merge, tune_layers, tune_weights
 from graftory.compose.merge.tuning.adamerging import entropy_of, layer_of, pattern_of
 from graftory.compose.merge.tuning.lorahub import search
-from graftory.compose.merge.tuning.race import Entrant, judged, looks, race
+from graftory.compose.merge.tuning.race import Entrant, Judged, judged, looks, race
 from graftory.compose.record import record_examples
 from graftory.data import Rows, load_rows, load_task
 from graftory.errors import ConfigError, MergeError
@@ -268,6 +269,40 @@ def test_auto_keeps_what_is_best_and_its_record_makes_it_again(home: Home) -> No
             assert merge_without(hub, ref, ["two"], weights=[1.0, 1.0]).spec.lineage.parents[0].weight == 1.0
 
 
+@pytest.mark.parametrize(("margin", "right", "wrong"), [(2.0, 9, 1), (0.5, 7, 3), (6.0, 3, 2)])
+def test_a_temperature_makes_a_classifier_as_sure_as_it_is_right(margin: float, right: int, wrong: int) -> None:
+    """Two classes, every row by the same margin: σ(margin / T) is the share of right ones."""
+    logits = torch.tensor([[0.0, margin]]).expand(right + wrong, 2)
+    targets = [1] * right + [0] * wrong
+    share = right / (right + wrong)
+    assert temperature_of(logits, targets) == pytest.approx(
+        min(max(margin / math.log(share / (1 - share)), 0.25), 4.0), rel=1e-3
+    )
+
+
+def test_what_is_surer_of_the_same_answers_is_no_likelier() -> None:
+    """The least loss of all temperatures, found on a grid; at three times the norm, the same probabilities."""
+    generator = torch.Generator().manual_seed(3)
+    logits, targets = torch.randn(40, 5, generator=generator), torch.randint(5, (40,), generator=generator)
+    logits[torch.arange(40), targets] += 1
+    grid = torch.linspace(0.25, 4.0, 4000, dtype=torch.float64)
+    each = (logits.double()[None] / grid[:, None, None]).log_softmax(2)[:, torch.arange(40), targets]
+    found = calibrated(logits, targets.tolist())
+    assert found == pytest.approx(each[each.sum(1).argmax()].exp().tolist(), rel=1e-2)
+    assert calibrated(3 * logits, targets.tolist()) == pytest.approx(found, rel=1e-2)
+    assert 0.25 < temperature_of(logits, targets.tolist()) < 4 / 3
+
+
+def test_a_verdict_is_of_the_calibrated_logits(home: Home) -> None:
+    (trial,) = trials_of({"three": home.adapters["three"]}, 12, split="test")
+    bench = Bench([trial])
+    (verdict,) = bench.judge(None)
+    logits = torch.stack([row.logits for row in bench.scored_on(None, 0) if row.logits is not None])
+    assert verdict.rows == calibrated(logits, [int(each) for each in trial.rows.targets])
+    plain = logits.softmax(1)[range(12), list(trial.rows.targets)]
+    assert math.fsum(map(math.log, verdict.rows)) > float(plain.log().sum())
+
+
 def test_how_far_each_is_behind_the_best() -> None:
     """Two tasks of two rows, by hand."""
 
@@ -290,6 +325,10 @@ def test_how_far_each_is_behind_the_best() -> None:
     assert list(behind[1]) == pytest.approx([0.15, 0.0], abs=1e-9)
     assert list(behind[2]) == [0.0, 0.0]
     assert [row.near for row in rows] == [True, False, True]
+    assert [row.lost for row in rows] == [False, True, False]
+    # 2.5 errors behind: told from the best, but not lost
+    between = Judged("between", "linear", None, 0.7, behind=(0.5, 0.2))
+    assert (between.near, between.lost) == (False, False)
 
 
 class Track(Bench):
@@ -304,7 +343,7 @@ class Track(Bench):
         name = "nothing" if candidate is None else candidate.spec.lineage.parameters["name"]
         assert isinstance(name, str)
         self.seen[name] += range(among.start, among.stop)
-        return [Scored(torch.zeros(2), self.losses[name][row], 1) for row in range(among.start, among.stop)]
+        return [Scored(None, self.losses[name][row], 1) for row in range(among.start, among.stop)]
 
 
 def test_those_that_are_clearly_behind_see_no_more_rows(home: Home) -> None:
@@ -315,6 +354,7 @@ def test_those_that_are_clearly_behind_see_no_more_rows(home: Home) -> None:
         return replace(adapter, spec=replace(adapter.spec, lineage=Lineage(parameters={"name": name})))
 
     task = task_of("two", home.adapters["two"])
+    task = replace(task, kind="causal_lm", metric="loss", label=None, labels=(), target="answer")
     rows = Rows("train", tuple(map(str, range(40))), tuple(row % 2 for row in range(40)), ("no", "yes"))
     wave = [-0.1, 0.15] * 20
     losses = {

@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from graftory.adapter import TASK_SOURCE, Adapter, TaskKind
+from graftory.compose.merge.temperature import calibrated
 from graftory.data import Rows, TaskFile, load_rows, load_task
 from graftory.errors import ConfigError, MergeError
 from graftory.training import LoadedBase, load_base
@@ -48,15 +51,21 @@ class Trial:
 
     def verdict(self, scored: Sequence[Scored]) -> Verdict:
         """Of what became of the first rows."""
-        likelihoods = tuple(math.exp(-row.loss / max(1, row.targets)) for row in scored)
         if self.metric == "loss":
             loss = sum(row.loss for row in scored) / max(1, sum(row.targets for row in scored))
-            return Verdict("loss", loss, likelihoods)
+            return Verdict("loss", loss, self._likelihoods(scored))
         classes = self.task.kind == "classification"
         outputs = [
             int(row.logits.argmax()) if classes else float(row.logits[0]) for row in scored if row.logits is not None
         ]
-        return Verdict(self.metric, measure(self.metric, self.rows.targets[: len(scored)], outputs), likelihoods)
+        value = measure(self.metric, self.rows.targets[: len(scored)], outputs)
+        return Verdict(self.metric, value, self._likelihoods(scored))
+
+    def _likelihoods(self, scored: Sequence[Scored]) -> tuple[float, ...]:
+        logits = [row.logits for row in scored if row.logits is not None]
+        if self.task.kind == "classification" and logits:
+            return calibrated(torch.stack(logits), [int(target) for target in self.rows.targets[: len(scored)]])
+        return tuple(math.exp(-row.loss / max(1, row.targets)) for row in scored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,9 @@ class Verdict:
     Attributes:
         metric: That of the trial.
         value: Its value.
-        rows: exp(−loss) of each row: for a classification the probability of the right label.
+        rows: How likely the target of each row is held. For a classification the probability of the right label, at
+            the temperature that suits these rows, as one merge should not seem worse than another for how sure it is
+            of its answers: that goes by its norm. Else exp(−loss).
     """
 
     metric: str

@@ -51,12 +51,13 @@ def auto_merge(
 ) -> Chosen:
     """Try a portfolio of merges and keep one that rows of every adapter's own task cannot tell from the best.
 
-    Each task is read with its own head. What is judged by is the likelihood, the mean of exp(−loss) over the rows: of
-    so few rows an accuracy tells too little. It is divided by that of the task's own adapter, and the mean over
-    tasks is taken. All are judged on 16 rows of each task, on twice as many those that are not clearly behind, and so
-    on up to `rows`. The floors are the bare base, the best single adapter for all tasks, and task arithmetic. Rows
-    are of the training split, and such as the adapter was not trained on if there are enough. All merges are in
-    memory at once.
+    Each task is read with its own head. What is judged by is the likelihood, the mean over the rows of the right
+    label's probability at the temperature that suits them (of other tasks, of exp(−loss)): of so few rows an accuracy
+    tells too little. It is divided by that of the task's own adapter, and the mean over tasks is taken. All are judged
+    on 16 rows of each task, on twice as many those that are not three standard errors behind, and so on up to `rows`;
+    of those within two of the best the first of the portfolio is kept. The floors are the bare base, the best single
+    adapter for all tasks, and task arithmetic. Rows are of the training split, and such as the adapter was not trained
+    on if there are enough. All merges are in memory at once.
 
     Args:
         adapters: By name, of linear methods and one base; their records name their tasks.
@@ -112,7 +113,7 @@ def _entrant(candidate: Candidate, maker: Maker, recipe: Recipe) -> Entrant:
 
 
 def _choice(table: Sequence[Judged], ranked: Sequence[Judged]) -> Judged:
-    """Of what is left at the end, the first that cannot be told from the best."""
+    """The first that cannot be told from the best."""
     first = ranked[0]
     if first.method is None:
         raise MergeError(

@@ -1,4 +1,4 @@
-"""Several merges on the same rows: after a few of them those go that are clearly behind, the rest see as many again."""
+"""Several merges on the same rows: after a few of them those go that are far behind, the rest see as many again."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ FIRST = 16
 """Rows of each task that all are judged on."""
 BEHIND = 2.0
 """So many standard errors behind the best, a merge can be told from it."""
+LOST = 3.0
+"""So many behind, it sees no more rows. Of a dozen merges and few rows, two are behind by luck too often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Judged:
         method: The merge method; None for the bare base.
         floor: Which floor it is, if one.
         score: Mean over tasks of the likelihood, each divided by that of the task's own adapter; None if it could not
-            be made.
+            be made. See `Verdict.rows`.
         metrics: The metric of each task, in order.
         behind: How far its score is below the best one of its last rows, and the standard error of that over the rows.
         rows: So many of each task it was judged on, where a task has as many.
@@ -64,14 +66,22 @@ class Judged:
 
     @property
     def near(self) -> bool:
-        """Whether its last rows cannot tell it from the best: after a race, whether it is left."""
-        return self.behind is not None and self.behind[0] <= BEHIND * self.behind[1]
+        """Whether its last rows cannot tell it from the best."""
+        return self._within(BEHIND)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is so far behind that it sees no more rows."""
+        return not self._within(LOST)
+
+    def _within(self, errors: float) -> bool:
+        return self.behind is not None and self.behind[0] <= errors * self.behind[1]
 
 
 def race(bench: Bench, entrants: Sequence[Entrant], progress: Progress) -> list[Judged]:
-    """Judge on 16 rows of each task, on twice as many those that are not clearly behind, until the rows are used up.
+    """Judge on 16 rows of each task, on twice as many those that are not lost, until the rows are used up.
 
-    The table has the order of the entrants; those that are left are near.
+    The table has the order of the entrants.
     """
     own = _Seen(bench, [trial.adapter for trial in bench.trials])
     seen = {one.name: _Seen(bench, [one.adapter] * len(bench.trials)) for one in entrants if one.problem is None}
@@ -83,7 +93,7 @@ def race(bench: Bench, entrants: Sequence[Entrant], progress: Progress) -> list[
             progress(f"on {look} rows of each task", done, len(left))
             verdicts[one.name] = seen[one.name].until(look)
         table |= {row.name: row for row in judged(left, verdicts, own.until(look), look)}
-        left = [one for one in left if table[one.name].near]
+        left = [one for one in left if not table[one.name].lost]
         if len(left) == 1:
             break
     return list(table.values())
