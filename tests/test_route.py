@@ -41,7 +41,7 @@ def test_it_is_known_whether_all_rows_have_as_many_adapters(rows: str | list[Row
 def test_adapters_that_all_rows_share_come_one_by_one(rows: str | list[Row], alike: bool) -> None:
     selection = make_route(rows, None, KNOWN).select(("slot1", "slot0"), torch.zeros(3, 1))
     assert selection is not None
-    assert selection.alike is alike
+    assert selection.alike == (tuple(selection.index[0].tolist()) if alike else ())
     if not alike:
         return
     parts = selection.singles()

@@ -87,7 +87,7 @@ class LoraSite(FusableSite[LoraConfig]):
         """The selection, in parts if adapters that a row mixes drop out different inputs; on a CPU if all rows mix the
         same ones too: each is a product of matrices then, of its own rank, and nothing is gathered for a row.
         """
-        if selection.alike and len(selection.slots) > 1 and x.device.type == "cpu":
+        if len(selection.alike) > 1 and x.device.type == "cpu":
             return selection.singles()
         dropped = self.training and any(self.configs[slot].dropout for slot in selection.slots)
         return selection.apart() if dropped else [selection]

@@ -37,7 +37,8 @@ class Selection:
         index: The number in `slots` of each row's adapters, [E, M]; -1 behind the last of them.
         places: The same as numbers of the site's own places.
         full: Whether it is known that all rows have as many adapters, so that no index is -1.
-        alike: Whether it is known that all rows have the same adapters, if not the same weights.
+        alike: The numbers in `slots` of each row's adapters where all rows have the same, if not by the same weights;
+            else none.
         routing: `index` for the kernels, which keep there what they find out about it.
         own_routing: The same of `places`.
         weights: The weight of each, [E, M]; None if all are 1.
@@ -49,7 +50,7 @@ class Selection:
     places: Tensor
     weights: Tensor | None
     full: bool = False
-    alike: bool = False
+    alike: tuple[int, ...] = ()
     routing: Routing = field(init=False)
     own_routing: Routing = field(init=False)
     _singles: list[Selection] = field(init=False, default_factory=list)
@@ -106,7 +107,6 @@ class Selection:
     def singles(self) -> list[Selection]:
         """Where all rows have the same adapters, a selection for each of these; made once."""
         if not self._singles:
-            first = self.index[0].tolist()
             self._singles.extend(
                 Selection(
                     slots=(self.slots[number],),
@@ -115,9 +115,9 @@ class Selection:
                     places=self.places[:, at : at + 1],
                     weights=None if self.weights is None else self.weights[:, at : at + 1],
                     full=True,
-                    alike=True,
+                    alike=(0,),
                 )
-                for at, number in enumerate(first)
+                for at, number in enumerate(self.alike)
             )
         return self._singles
 
@@ -207,7 +207,7 @@ class Route:
             places=torch.tensor(places, device=device),
             weights=_weights(weights, most, device),
             full=all(len(mixture) in (0, most) for mixture in chosen),
-            alike=all(row == places[0] for row in places),
+            alike=tuple(map(number_of.__getitem__, places[0])) if all(row == places[0] for row in places) else (),
         )
 
 
