@@ -33,6 +33,14 @@ class Batch:
         """What can learn."""
         return [each for each in (self.x, self.a, self.b, self.weight) if each is not None]
 
+    def nan_behind_ranks(self) -> Batch:
+        """NaN in the padding, where true ranks are all that may be read."""
+        a, b = self.a.clone(), self.b.clone()
+        for k, rank in enumerate(self.ranks.tolist()):
+            a[k, rank:] = float("nan")
+            b[k, :, rank:] = float("nan")
+        return replace(self, a=a, b=b)
+
     def learning(self) -> Batch:
         """Copies that take gradients."""
         copy = replace(self, x=self.x.clone(), a=self.a.clone(), b=self.b.clone())

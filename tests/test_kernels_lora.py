@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graftory.kernels import batched_lora, inlet
+from graftory.kernels import Routing, batched_lora, inlet
 from graftory.kernels.backend import Backend
 from tests.kernel_samples import Batch, batch, error, expected
 
@@ -43,6 +43,34 @@ def test_update_and_gradients_are_the_formula_s(name: str) -> None:
     found = [update.detach(), *torch.autograd.grad(update, given.leaves(), grad)]
     for got, want in zip(found, expected(given, grad), strict=True):
         assert got.shape == want.shape
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+
+
+ALIKE = {
+    "two": batch([[2, 0]] * 3, (2, 5, 3), weighted=True),
+    "unweighted": batch([[1, 2, 0]] * 2, (4, 1, 3)),
+    "twice the same": batch([[1, 1]] * 3, (2, 5), weighted=True),
+    "one of several": batch([[1]] * 3, (2, 5, 3)),
+    "one": batch([[0]] * 3, (4,), weighted=True),
+    "no rows": replace(batch([[0, 1]], (2, 3)), x=torch.zeros(0, 3, 24).double(), index=torch.zeros(0, 2).long()),
+}
+
+
+@pytest.mark.parametrize("onto", [False, True])
+@pytest.mark.parametrize("ranks", [False, True])
+@pytest.mark.parametrize("name", ALIKE)
+def test_adapters_that_all_rows_share_are_one_of_all_their_units(name: str, ranks: bool, onto: bool) -> None:
+    """The formula again, without gathering; numbers behind a true rank are not read if it is told."""
+    given = ALIKE[name].learning()
+    leaves = given.nan_behind_ranks() if ranks else given
+    layer = torch.ones(*given.x.shape[:2], given.b.shape[1]).double() if onto else None
+    update = batched_lora(
+        *(leaves.x, leaves.a, leaves.b, given.scale, Routing(given.index, alike=True), leaves.weight),
+        ranks=given.ranks if ranks else None, onto=layer,
+    )  # fmt: skip
+    grad = torch.randn(update.shape, generator=torch.Generator().manual_seed(7)).double()
+    found = [update.detach() - int(onto), *torch.autograd.grad(update, given.leaves(), grad)]
+    for got, want in zip(found, expected(given, grad), strict=True):
         torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
 
 

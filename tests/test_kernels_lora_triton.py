@@ -37,12 +37,9 @@ def launch() -> ModuleType:
 
 
 def padded_with_nan(given: Batch) -> Batch:
-    """NaN behind each adapter's own rank too: true ranks are all that may be read."""
-    a, b = given.a.clone(), given.b.clone()
-    for k, rank in enumerate(given.ranks.tolist()):
-        a[k, rank:] = float("nan")
-        b[k, :, rank:] = float("nan")
-    return replace(given, a=poisoned(a), b=poisoned(b))
+    """Behind each adapter's own rank, and behind each row."""
+    hurt = given.nan_behind_ranks()
+    return replace(hurt, a=poisoned(hurt.a), b=poisoned(hurt.b))
 
 
 def run(given: Batch, onto: Tensor | None = None) -> Tensor:

@@ -38,19 +38,9 @@ def test_it_is_known_whether_all_rows_have_as_many_adapters(rows: str | list[Row
         ("b", True),
     ],
 )
-def test_adapters_that_all_rows_share_come_one_by_one(rows: str | list[Row], alike: bool) -> None:
+def test_it_is_known_whether_all_rows_have_the_same_adapters(rows: str | list[Row], alike: bool) -> None:
     selection = make_route(rows, None, KNOWN).select(("slot1", "slot0"), torch.zeros(3, 1))
     assert selection is not None
-    assert selection.alike == (tuple(selection.index[0].tolist()) if alike else ())
-    if not alike:
-        return
-    parts = selection.singles()
-    assert [part.slots for part in parts] == [(slot,) for slot in ("slot0", "slot1") if slot in selection.slots]
-    assert parts is selection.singles()
-    for at, part in enumerate(parts):
-        assert part.rows is selection.rows
-        assert part.full
-        assert not part.index.any()
-        assert torch.equal(part.places[:, 0], selection.places[:, at])
-        assert (part.weights is None) is (selection.weights is None)
-        assert selection.weights is None or torch.equal(part.weights[:, 0], selection.weights[:, at])  # type: ignore[index]
+    assert selection.alike is alike
+    assert (selection.routing.alike, selection.own_routing.alike) == (alike, alike)
+    assert bool((selection.index == selection.index[0]).all()) is alike

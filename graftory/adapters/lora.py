@@ -76,19 +76,15 @@ class LoraSite(FusableSite[LoraConfig]):
             return None
         changed = output
         for bank, selection in self.selections(route, args[0]):
-            for part in self._parts(selection, args[0]):
+            for part in self._alike(selection):
                 ours = changed is not output or not overheard()
                 changed = self._changed(changed, args[0], bank, part, ours=ours)
         for selection in self.fused_selections(route, args[0]):
             changed = selection.add(changed, self.fused_update(selection.take(args[0]), selection))
         return None if changed is output else changed
 
-    def _parts(self, selection: Selection, x: Tensor) -> Iterable[Selection]:
-        """The selection, in parts if adapters that a row mixes drop out different inputs; on a CPU if all rows mix the
-        same ones too: each is a product of matrices then, of its own rank, and nothing is gathered for a row.
-        """
-        if len(selection.alike) > 1 and x.device.type == "cpu":
-            return selection.singles()
+    def _alike(self, selection: Selection) -> Iterable[Selection]:
+        """The selection, in parts if adapters that a row mixes drop out different inputs."""
         dropped = self.training and any(self.configs[slot].dropout for slot in selection.slots)
         return selection.apart() if dropped else [selection]
 

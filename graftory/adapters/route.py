@@ -37,8 +37,7 @@ class Selection:
         index: The number in `slots` of each row's adapters, [E, M]; -1 behind the last of them.
         places: The same as numbers of the site's own places.
         full: Whether it is known that all rows have as many adapters, so that no index is -1.
-        alike: The numbers in `slots` of each row's adapters where all rows have the same, if not by the same weights;
-            else none.
+        alike: Whether it is known that all rows have the same adapters, if not by the same weights.
         routing: `index` for the kernels, which keep there what they find out about it.
         own_routing: The same of `places`.
         weights: The weight of each, [E, M]; None if all are 1.
@@ -50,14 +49,13 @@ class Selection:
     places: Tensor
     weights: Tensor | None
     full: bool = False
-    alike: tuple[int, ...] = ()
+    alike: bool = False
     routing: Routing = field(init=False)
     own_routing: Routing = field(init=False)
-    _singles: list[Selection] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "routing", Routing(self.index, full=self.full))
-        object.__setattr__(self, "own_routing", Routing(self.places, full=self.full))
+        object.__setattr__(self, "routing", Routing(self.index, full=self.full, alike=self.alike))
+        object.__setattr__(self, "own_routing", Routing(self.places, full=self.full, alike=self.alike))
 
     def take(self, x: Tensor) -> Tensor:
         """The inputs of the rows, [E, ...]."""
@@ -103,23 +101,6 @@ class Selection:
                 weights=None if self.weights is None else self.weights[picked, at : at + 1],
                 full=True,
             )
-
-    def singles(self) -> list[Selection]:
-        """Where all rows have the same adapters, a selection for each of these; made once."""
-        if not self._singles:
-            self._singles.extend(
-                Selection(
-                    slots=(self.slots[number],),
-                    rows=self.rows,
-                    index=torch.zeros_like(self.index[:, :1]),
-                    places=self.places[:, at : at + 1],
-                    weights=None if self.weights is None else self.weights[:, at : at + 1],
-                    full=True,
-                    alike=(0,),
-                )
-                for at, number in enumerate(self.alike)
-            )
-        return self._singles
 
     def each(self) -> Iterator[tuple[str, Selection]]:
         """Every slot with the rows that use it, one adapter a row: for sites whose adapters run one after the other."""
@@ -207,7 +188,7 @@ class Route:
             places=torch.tensor(places, device=device),
             weights=_weights(weights, most, device),
             full=all(len(mixture) in (0, most) for mixture in chosen),
-            alike=tuple(map(number_of.__getitem__, places[0])) if all(row == places[0] for row in places) else (),
+            alike=all(row == places[0] for row in places),
         )
 
 

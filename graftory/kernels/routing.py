@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,22 @@ _KEPT = 16
 """Shapes whose tiles are kept."""
 
 
+class Units(NamedTuple):
+    """The units of the adapters that all rows use, none behind a true rank: U of them.
+
+    Attributes:
+        number: Of each, k R + r, [U].
+        place: At which place of a row its adapter is, [U].
+        rank: Its r, [U].
+        adapters: The adapter at each place, [M].
+    """
+
+    number: Tensor
+    place: Tensor
+    rank: Tensor
+    adapters: Tensor
+
+
 class Routing:
     """The choices of a batch. On a GPU, to sort a batch by adapter costs more than a layer of many: it is kept here.
 
@@ -24,14 +42,17 @@ class Routing:
     Args:
         index: Adapter of each row, [N], or adapters, [N, M], int64; -1 for none.
         full: Whether it is known that no place is without one. On the CPU that is looked up; a GPU would be waited for.
+        alike: Whether it is known that all rows have the same adapters, no place being without one.
     """
 
-    def __init__(self, index: Tensor, *, full: bool = False) -> None:
+    def __init__(self, index: Tensor, *, full: bool = False, alike: bool = False) -> None:
         self.index = index
-        self.full = full
+        self.full = full or alike
+        self.alike = alike and index.numel() > 0
         self.places = (index if index.dim() == 2 else index[:, None]).contiguous()
         """[N, M], in one piece."""
         self._tiles: dict[tuple[int, int, int], Tiles] = {}
+        self._units: dict[tuple[int, ...], Units] = {}
 
     @cached_property
     def unused(self) -> Tensor | None:
@@ -53,6 +74,21 @@ class Routing:
     def plain(self, x: Tensor, adapters: int) -> bool:
         """Whether a GPU is to take plain products, as one adapter serves all. A compiler's node has the index alone."""
         return x.is_cuda and not torch.compiler.is_compiling() and self.one_for_all(adapters)
+
+    def units(self, ranks: Sequence[int], most: int) -> Units:
+        """Where all rows have the same adapters, the units of these.
+
+        Args:
+            ranks: At each place.
+            most: R.
+        """
+        key = (*ranks, most)
+        if key not in self._units:
+            adapters, unit = self.places[0], torch.arange(most, device=self.places.device)
+            rank = torch.cat([unit[:own] for own in ranks])
+            place = torch.repeat_interleave(torch.tensor(ranks, device=unit.device))
+            self._units[key] = Units(adapters[place] * most + rank, place, rank, adapters)
+        return self._units[key]
 
     def tiles(self, tokens: int, adapters: int, size: int) -> Tiles:
         """The entries, a row's T tokens times its M places, cut for a kernel. See `tiles.cut`."""

@@ -9,13 +9,12 @@ their transposes, whose rows are R numbers long.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
+from graftory.kernels.batched_lora import shared
+from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Leave, Needed
 from graftory.kernels.gather import (
     factors,
     gather_in,
@@ -27,8 +26,6 @@ from graftory.kernels.gather import (
 )
 from graftory.kernels.inlet import Product
 from graftory.kernels.routing import Routing
-
-Leave = Callable[[Product], Tensor | None]
 
 __all__ = ["backward", "factors", "forward", "weight_gradient"]
 
@@ -43,6 +40,9 @@ def forward(inputs: Inputs, routing: Routing, onto: Tensor | None = None) -> tup
         hidden = functional.linear(x, a[0])
         update = functional.linear(hidden * _factor_of_one(scale, weight, x.dtype), b[0])
         return _onto(onto, update), hidden.transpose(1, 2)
+    if routing.alike:
+        update, hidden = shared.forward(inputs, routing)
+        return _onto(onto, update), hidden
     if routing.own is not None:
         # what most batches are, and nothing but the products
         hidden = torch.bmm(a.index_select(0, routing.own), x.transpose(1, 2))
@@ -71,6 +71,8 @@ def backward(
     x, a, b, scale, index, weight, _ = inputs
     if routing.one_for_all(a.shape[0]):
         return _backward_of_one(grad, hidden, inputs, needed, leave)
+    if routing.alike:
+        return shared.backward(grad, hidden, inputs, routing, needed, leave)
     rank, unused = a.shape[1], routing.unused
     factor = _by_unit(factors(scale, index, weight, x.dtype), rank)
     grad = grad if unused is None else without(grad, unused)

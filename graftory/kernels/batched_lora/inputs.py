@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
+
+from graftory.kernels.inlet import Product
+
+Leave = Callable[[Product], Tensor | None]
+"""What becomes of the gradient of x: made, or left for somebody else to multiply out."""
 
 
 class Inputs(NamedTuple):

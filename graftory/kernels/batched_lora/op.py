@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from graftory.kernels.backend import learns
 from graftory.kernels.batched_lora import gathered
-from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Needed
+from graftory.kernels.batched_lora.inputs import Gradients, Inputs, Leave, Needed
 from graftory.kernels.inlet import Product, leave
 from graftory.kernels.routing import Routing
 
@@ -40,7 +40,7 @@ def run_backward(
     routing: Routing,
     backend: str,
     needed: Needed,
-    leave: gathered.Leave = Product.made,
+    leave: Leave = Product.made,
 ) -> Gradients:
     """Gradients of x, a, b and weight; what the update was added to, and so its gradient, may have another dtype."""
     if backend == "torch":
