@@ -40,7 +40,7 @@ def forward(inputs: Inputs, routing: Routing, onto: Tensor | None = None) -> tup
         hidden = functional.linear(x, a[0])
         update = functional.linear(hidden * _factor_of_one(scale, weight, x.dtype), b[0])
         return _onto(onto, update), hidden.transpose(1, 2)
-    if routing.alike:
+    if routing.alike and x.is_cpu:
         update, hidden = shared.forward(inputs, routing)
         return _onto(onto, update), hidden
     if routing.own is not None:
@@ -71,7 +71,7 @@ def backward(
     x, a, b, scale, index, weight, _ = inputs
     if routing.one_for_all(a.shape[0]):
         return _backward_of_one(grad, hidden, inputs, needed, leave)
-    if routing.alike:
+    if routing.alike and x.is_cpu:
         return shared.backward(grad, hidden, inputs, routing, needed, leave)
     rank, unused = a.shape[1], routing.unused
     factor = _by_unit(factors(scale, index, weight, x.dtype), rank)

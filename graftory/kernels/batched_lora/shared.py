@@ -2,7 +2,8 @@
 
     S = x A_oᵀ    y = (f S) B_oᵀ    A_o = [A_1; ...; A_M], B_o = [B_1, ..., B_M]
 
-Nothing is gathered for a row, and nothing behind a true rank is read: U units in all.
+Nothing is gathered for a row, and nothing behind a true rank is read: U units in all. For CPUs: how many there are has
+to be known here, for which a GPU would be waited for.
 """
 
 from __future__ import annotations
