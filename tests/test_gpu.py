@@ -59,20 +59,9 @@ def of_lora(given: kernel_samples.Batch, dtype: torch.dtype) -> Pairs:
     return found, kernel_samples.expected(rounded, grad)
 
 
-def beside_a_layer(given: kernel_samples.Batch, dtype: torch.dtype) -> Pairs:
-    rounded = given.to(dtype)
-    leaves = on_gpu(rounded).learning()
-    layer, onto = lora.outputs_of(given, dtype)
-    total = lora.run(lora.padded_with_nan(leaves), onto.cuda().requires_grad_().clone())
-    grad = torch.randn(total.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
-    found = [total.detach(), *torch.autograd.grad(total, leaves.leaves(), grad.cuda())]
-    update, *gradients = kernel_samples.expected(rounded, grad)
-    return found, [layer.double() + update, *gradients]
-
-
-def of_a_16_bit_layer(given: kernel_samples.Batch, dtype: torch.dtype) -> Pairs:
-    """Its inputs and outputs, and the gradient of those, are read as they are; its adapters are fp32."""
-    rounded = replace(given.to(torch.float32), x=given.x.to(dtype))
+def beside_a_layer(given: kernel_samples.Batch, dtype: torch.dtype, *, factors: torch.dtype | None = None) -> Pairs:
+    """A layer's inputs, its outputs and their gradient are of one precision; the factors may be of another."""
+    rounded = replace(given.to(factors or dtype), x=given.x.to(dtype))
     leaves = on_gpu(rounded).learning()
     layer, onto = lora.outputs_of(given, dtype)
     total = lora.run(lora.padded_with_nan(leaves), onto.cuda().requires_grad_().clone())
@@ -117,7 +106,7 @@ def of_slices(given: plain_slices.Sliced, dtype: torch.dtype) -> Pairs:
 KINDS: Mapping[str, tuple[Mapping[str, Any], Callable[[Any, torch.dtype], Pairs]]] = {
     "lora": (lora.SWEEP, of_lora),
     "beside": (lora.SWEEP, beside_a_layer),
-    "a 16-bit layer": (lora.SWEEP, of_a_16_bit_layer),
+    "fp32 beside": (lora.SWEEP, partial(beside_a_layer, factors=torch.float32)),
     "bottleneck": (neck.SWEEP, of_neck),
     "scale": (scale.SWEEP, of_scale),
     "head": ({**head.SWEEP, "large": head.LARGE}, of_head),

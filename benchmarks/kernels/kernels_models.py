@@ -72,9 +72,10 @@ def one(of: dict[str, Any], place: Place) -> dict[str, Any]:
         times = quartiles(runs, place)
     steps = trainings(adapted, model, rows, batch)
     times |= quartiles(steps, place)
-    peaks = {name: place.peak(run) for name, run in steps.items()}
     found = {"of": of, "milliseconds": {k: round(v, 3) for k, v in times.items()}, "ratios": ratios(times, FORWARD)}
-    return found | ({"peak megabytes": peaks} if place.device == "cuda" else {})
+    if place.device == "cuda":
+        found["peak megabytes"] = {name: round(place.peak(run), 1) for name, run in steps.items()}
+    return found
 
 
 def trainings(adapted: AdaptedModel, model: Any, rows: list[str], batch: dict[str, Tensor]) -> dict[str, Run]:

@@ -26,10 +26,8 @@ class Place:
         """The same tensors there."""
         return {name: each.to(self.device) for name, each in batch.items()}
 
-    def peak(self, run: Run) -> float | None:
-        """Megabytes of a GPU that a run needs beyond what is there; nothing is asked of a CPU."""
-        if self.device != "cuda":
-            return None
+    def peak(self, run: Run) -> float:
+        """Megabytes of a GPU that a run needs beyond what is there."""
         there = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()

@@ -21,16 +21,14 @@ class Units(NamedTuple):
     """The units of the adapters that all rows use, none behind a true rank: U of them.
 
     Attributes:
-        number: Of each, k R + r, [U].
-        place: At which place of a row its adapter is, [U].
-        rank: Its r, [U].
-        adapters: The adapter at each place, [M].
+        adapter: Whose each is, [U].
+        rank: Which of that one's, [U].
+        place: At which place of a row that one is, [U].
     """
 
-    number: Tensor
-    place: Tensor
+    adapter: Tensor
     rank: Tensor
-    adapters: Tensor
+    place: Tensor
 
 
 class Routing:
@@ -76,7 +74,7 @@ class Routing:
         return x.is_cuda and not torch.compiler.is_compiling() and self.one_for_all(adapters)
 
     def units(self, ranks: Sequence[int], most: int) -> Units:
-        """Where all rows have the same adapters, the units of these.
+        """Where all rows have the same adapters, the units of these; on the CPU.
 
         Args:
             ranks: At each place.
@@ -84,10 +82,9 @@ class Routing:
         """
         key = (*ranks, most)
         if key not in self._units:
-            adapters, unit = self.places[0], torch.arange(most, device=self.places.device)
-            rank = torch.cat([unit[:own] for own in ranks])
-            place = torch.repeat_interleave(torch.tensor(ranks, device=unit.device))
-            self._units[key] = Units(adapters[place] * most + rank, place, rank, adapters)
+            unit = torch.arange(most)
+            place = torch.repeat_interleave(torch.tensor(ranks))
+            self._units[key] = Units(self.places[0, place], torch.cat([unit[:own] for own in ranks]), place)
         return self._units[key]
 
     def tiles(self, tokens: int, adapters: int, size: int) -> Tiles:

@@ -62,9 +62,9 @@ class Trial:
         return Verdict(self.metric, value, self._likelihoods(scored))
 
     def _likelihoods(self, scored: Sequence[Scored]) -> tuple[float, ...]:
-        logits = [row.logits for row in scored if row.logits is not None]
-        if self.task.kind == "classification" and logits:
-            return calibrated(torch.stack(logits), [int(target) for target in self.rows.targets[: len(scored)]])
+        if self.task.kind == "classification":
+            logits = torch.stack([row.logits for row in scored if row.logits is not None])
+            return calibrated(logits, [int(target) for target in self.rows.targets[: len(scored)]])
         return tuple(math.exp(-row.loss / max(1, row.targets)) for row in scored)
 
 

@@ -36,35 +36,36 @@ def backward(grad: Tensor, hidden: Tensor, inputs: Inputs, routing: Routing, nee
         grad_b = _scattered(each, units, (adapters, rank, outputs)).transpose(1, 2)
     if needed.weight:
         by_unit = (inner * hidden).sum(1)
-        by_place = by_unit.new_zeros(len(by_unit), len(units.adapters)).index_add_(1, units.place, by_unit)
-        grad_weight = by_place * inputs.scale[units.adapters]
+        by_place = by_unit.new_zeros(inputs.adapter.shape).index_add_(1, units.place, by_unit)
+        grad_weight = by_place * inputs.scale[inputs.adapter[0]]
     return Gradients(leave(Product(scaled, _down(inputs, units))) if needed.x else None, grad_a, grad_b, grad_weight)
 
 
 def _units(inputs: Inputs, routing: Routing) -> Units:
-    adapters, most = routing.places[0], inputs.a.shape[1]
+    adapters, most = inputs.adapter[0], inputs.a.shape[1]
     ranks = [most] * len(adapters) if inputs.ranks is None else inputs.ranks[adapters].int().tolist()
     return routing.units(ranks, most)
 
 
 def _down(inputs: Inputs, units: Units) -> Tensor:
     """A of all units, [U, D_in]."""
-    return inputs.a[units.adapters[units.place], units.rank]
+    return inputs.a[units.adapter, units.rank]
 
 
 def _up(inputs: Inputs, units: Units) -> Tensor:
     """Bᵀ of all units, [U, D_out]."""
-    return inputs.b[units.adapters[units.place], :, units.rank]
+    return inputs.b[units.adapter, :, units.rank]
 
 
 def _factor(inputs: Inputs, units: Units) -> Tensor:
     """f = s w of each unit, [N, 1, U]; [1, 1, U] without weights."""
-    scale = inputs.scale.index_select(0, units.adapters)[None]
-    factor = scale if inputs.weight is None else scale * inputs.weight
-    return factor.index_select(1, units.place)[:, None].to(inputs.x.dtype)
+    scale = inputs.scale[units.adapter]
+    factor = scale[None] if inputs.weight is None else scale * inputs.weight[:, units.place]
+    return factor[:, None].to(inputs.x.dtype)
 
 
 def _scattered(each: Tensor, units: Units, shape: tuple[int, ...]) -> Tensor:
     """[U, D] at the units' places in [K, R, D], zeros elsewhere."""
     adapters, rank, width = shape
-    return each.new_zeros(adapters * rank, width).index_add_(0, units.number, each).view(adapters, rank, width)
+    flat = each.new_zeros(adapters * rank, width).index_add_(0, units.adapter * rank + units.rank, each)
+    return flat.view(adapters, rank, width)
