@@ -15,6 +15,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
 from graftory.adapter import Adapter
+from graftory.config import LoraConfig
 from graftory.continual.evaluation import TestSet, mixture_right, routed_cell
 from graftory.continual.router import ABSTAIN, Router, RouterSettings
 from graftory.continual.router_file import load_router, save_router
@@ -23,8 +24,10 @@ from graftory.continual.strategies import Answer
 from graftory.continual.triangle import packed, unpacked
 from graftory.errors import ConfigError, CorruptAdapterError, ShapeError
 from graftory.settings import TrainSettings
+from graftory.training.base import LoadedBase
 from graftory.training.company import encoded
 from graftory.training.encode import Collator
+from graftory.training.evaluation import Measured, evaluate_rows
 from graftory.training.features import depth_of, features_of, layer_features_of
 from graftory.training.learning import train
 from graftory.training.losses import model_inputs
@@ -256,13 +259,28 @@ def test_features_of_layers_are_the_mean_of_each_layer_s_states(tmp_path: Path) 
     torch.testing.assert_close(found[:, -1], features_of(loaded, texts), atol=1e-5, rtol=1e-4)
 
 
+def test_texts_of_as_many_tokens_are_read_together(tmp_path: Path) -> None:
+    loaded = tiny_base("classification", tmp_path / "base")
+    texts = [f"{'i' * letters} {'a ' * words}" for letters, words in ((90, 2), (1, 9), (80, 3), (2, 8))]
+    lengths = sorted(len(loaded.tokenizer(text).input_ids) for text in texts)
+    widths: list[int] = []
+    hook = loaded.model.base_model.register_forward_pre_hook(
+        lambda _, given, named: widths.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = layer_features_of(loaded, texts, [0], batch_size=2)
+    hook.remove()
+    assert widths == [lengths[1], lengths[3]]
+    assert widths[0] < widths[1]
+    for row, text in enumerate(texts):  # in the order they were given
+        torch.testing.assert_close(found[row], layer_features_of(loaded, [text], [0])[0], atol=1e-5, rtol=1e-4)
+
+
 # --- tasks that share their labels -----------------------------------------------------------------------------------
 
 
 def test_a_mixture_weighs_the_answers_by_the_posterior(tmp_path: Path) -> None:
     """Against plain forward passes: Σ p(t | x) softmax(logits_t(x)), one row at a time."""
     from graftory.adapters import attach
-    from graftory.config import LoraConfig
 
     loaded = tiny_base("classification", tmp_path / "base")
     task, rows = tiny_task("classification"), tiny_rows("classification")
@@ -309,6 +327,44 @@ def routed_cells(folder: Path, adapters: list[Adapter]) -> Mapping[str, float | 
         assert cell.routes == {"b": len(rows)}
         found[way] = cell.value
     return found
+
+
+def test_rows_sent_to_their_own_task_are_taken_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the rows go home, half to a task with the same labels: only these are run; the value is that of all."""
+    from dataclasses import replace
+
+    from graftory.continual import evaluation
+    from graftory.training.evaluation import Job
+
+    loaded = tiny_base("classification", tmp_path / "base")
+    task, rows = tiny_task("classification"), tiny_rows("classification")
+    one, two = (
+        train(loaded, task, rows, LoraConfig(rank=2), TrainSettings(max_steps=n, learning_rate=0.05), name="a")
+        for n in (1, 12)
+    )
+    tests = [TestSet(replace(task, name=name), rows) for name in ("a", "b", "c")]
+    answers = {"a": Answer(None, one), "b": Answer(one, one), "c": Answer(two, two)}  # a has not been learnt
+    noise = torch.randn(60, 1, WIDTH, generator=torch.Generator().manual_seed(1))
+    router = Router.on(settings(quantile=1), 0).add("b", noise).add("c", noise + 40)
+    features = torch.arange(len(rows))[:, None, None] % 2 * 40 + torch.zeros(len(rows), 1, WIDTH)
+    choice = router.route(features)
+    told = evaluation.oracle_cell(loaded, 2, 1, tests[1], answers["b"], 8).right
+    run: list[int] = []
+
+    def counted(base: LoadedBase, jobs: list[Job], *, batch_size: int) -> tuple[Measured, ...]:
+        run.extend(len(job.rows) for job in jobs)
+        return evaluate_rows(base, jobs, batch_size=batch_size)
+
+    monkeypatch.setattr(evaluation, "evaluate_rows", counted)
+    whole = routed_cell(loaded, 2, 1, tests, answers, router, choice, 8)
+    assert run == [len(rows) // 2] * 2
+    cell = routed_cell(loaded, 2, 1, tests, answers, router, choice, 8, told)
+    assert run == [len(rows) // 2] * 3
+    assert cell == whole
+    assert 0 < sum(told) < len(told)
+    never = routed_cell(loaded, 2, 1, tests, answers, router, choice, 8, [False] * len(rows))
+    assert cell.value is not None
+    assert never.value == pytest.approx(cell.value - sum(told[::2]) / len(rows))
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ With the id given, a task is always evaluated in batches of its own rows alone. 
 then has no say in padding or rounding, so an adapter that has not changed gives the same bits again:
 BWT = 0 exactly is a matter of construction, not of luck, and such a cell is not measured again (see
 `unchanged`). Mixing tasks in a batch changes the padding of its rows, which can turn a row that stands on the
-edge. Routed rows do go in mixed batches, and so do all tasks learnt so far where `eval_mixed` says so, as it does
-for language models unless it is turned off.
+edge. All tasks learnt so far do go in mixed batches where `eval_mixed` says so, as it does for language models unless
+it is turned off; and so do the rows that the router sends to another task than their own. Those that it sends to their
+own are answered as with the id given, and are not run again.
 """
 
 from __future__ import annotations
@@ -17,18 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graftory.adapter import Metric
 from graftory.continual.router import ABSTAIN, Choice, Router
 from graftory.continual.state import Cell
 from graftory.continual.strategies import Answer
 from graftory.data import TEXT_KINDS, Rows, TaskFile
-from graftory.training import Job, LoadedBase, evaluate
-from graftory.training.metrics import measure
+from graftory.training import LoadedBase
+from graftory.training.evaluation import Job, Measured, evaluate_rows
+from graftory.training.metrics import ROW_MEANS, measure
 from graftory.training.prediction import score
 
 ABSTAINED = "abstained"
-ROW_MEANS = ("accuracy", "exact_match")
-"""Metrics that are means over rows with 0 for a wrong row; only these can be put together from parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +40,23 @@ class TestSet:
     rows: Rows
 
 
-def oracle_cell(loaded: LoadedBase, step: int, position: int, test: TestSet, answer: Answer, batch_size: int) -> Cell:
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a test tells of an answer."""
+
+    cell: Cell
+    right: tuple[bool, ...] = ()
+    """Whether each row is right; empty if that is not known."""
+
+
+def oracle_cell(loaded: LoadedBase, step: int, position: int, test: TestSet, answer: Answer, batch_size: int) -> Told:
     """Measure one task, its id given."""
     return oracle_cells(loaded, step, {position: (test, answer)}, batch_size)[0]
 
 
 def oracle_cells(
     loaded: LoadedBase, step: int, tests: Mapping[int, tuple[TestSet, Answer]], batch_size: int
-) -> list[Cell]:
+) -> list[Told]:
     """Measure tasks together, their ids given: every row of a batch with its own task's adapter.
 
     Args:
@@ -59,13 +67,15 @@ def oracle_cells(
     """
     headed = {position: pair for position, pair in tests.items() if pair[1].readout is None}
     jobs = [_job(f"oracle {position}", test.task, test.rows, answer) for position, (test, answer) in headed.items()]
-    results = evaluate(loaded, jobs, batch_size=batch_size) if jobs else ()
-    cells = [
-        Cell(step, position, "oracle", metrics[0].name, metrics[0].value, metrics[0].n, loss=_loss(job.task, metrics))
-        for position, job, metrics in zip(headed, jobs, results, strict=True)
-    ]
+    results = evaluate_rows(loaded, jobs, batch_size=batch_size) if jobs else ()
+    told = [_told(step, position, job, found) for position, job, found in zip(headed, jobs, results, strict=True)]
     read = ((position, *pair) for position, pair in tests.items() if position not in headed)
-    return [*cells, *(_read_cell(loaded, step, *each, batch_size) for each in read)]
+    return [*told, *(Told(_read_cell(loaded, step, *each, batch_size)) for each in read)]
+
+
+def _told(step: int, position: int, job: Job, found: Measured) -> Told:
+    own, loss = found.metrics[0], found.metrics[-1].value if job.task.kind in TEXT_KINDS else None
+    return Told(Cell(step, position, "oracle", own.name, own.value, own.n, loss=loss), found.right(job.rows.targets))
 
 
 def _read_cell(loaded: LoadedBase, step: int, position: int, test: TestSet, answer: Answer, batch_size: int) -> Cell:
@@ -89,6 +99,7 @@ def routed_cell(
     router: Router,
     choice: Choice,
     batch_size: int,
+    own: Sequence[bool] = (),
 ) -> Cell:
     """Measure one task with the router's choice for each row, in mixed batches.
 
@@ -101,10 +112,12 @@ def routed_cell(
         step: Number of the step, from 1.
         position: Which of the tests is measured.
         tests: All tests, in the order of the sequence.
-        answers: The answer of every task that the router knows.
+        answers: The answer of every task, in the order of the tests.
         router: The router.
         choice: What it says of the test's rows.
         batch_size: Rows at a time.
+        own: Whether each row is right when its own task's answer is asked, so that this need not be done again; empty
+            if that is not known.
     """
     test, chosen = tests[position], routes_of(router, choice)
     routes = dict(sorted(Counter(chosen).items()))
@@ -118,15 +131,17 @@ def routed_cell(
         weights = choice.scores[rows][:, alike].softmax(1)
         right = mixture_right(loaded, test, rows, tuple(among.values()), weights, batch_size)
         return Cell(step, position, "routed", test.task.metric, right / len(test.rows), len(test.rows), routes)
+    at_home = list(answers)[position] if own else None
+    right = sum(told for told, name in zip(own, chosen, strict=bool(own)) if name == at_home)
     jobs = []
     for route in routes:
         answer = Answer(None, None) if route == ABSTAINED else answers[route]
         can = not _has_head(test) if route == ABSTAINED else _same_question(test, others[route])
-        if can:
+        if can and route != at_home:
             jobs.append(_job(route, test.task, _subset(test.rows, [name == route for name in chosen]), answer))
-    results = evaluate(loaded, jobs, batch_size=batch_size) if jobs else ()
-    share = sum(metrics[0].value * len(job.rows) for job, metrics in zip(jobs, results, strict=True))
-    return Cell(step, position, "routed", test.task.metric, share / len(test.rows), len(test.rows), routes)
+    results = evaluate_rows(loaded, jobs, batch_size=batch_size) if jobs else ()
+    right += sum(sum(found.right(job.rows.targets)) for job, found in zip(jobs, results, strict=True))
+    return Cell(step, position, "routed", test.task.metric, right / len(test.rows), len(test.rows), routes)
 
 
 def mixture_right(
@@ -150,10 +165,6 @@ def mixture_right(
     probabilities = torch.stack([each.double().softmax(0) for each in logits if each is not None])
     mixed = (probabilities.unflatten(0, (len(answers), len(rows))) * weights.T[:, :, None]).sum(0)
     return int((mixed.argmax(1) == torch.tensor(some.targets)).sum())
-
-
-def _loss(task: TaskFile, metrics: Sequence[Metric]) -> float | None:
-    return metrics[-1].value if task.kind in TEXT_KINDS else None
 
 
 def _job(name: str, task: TaskFile, rows: Rows, answer: Answer) -> Job:

@@ -34,6 +34,8 @@ class Measuring:
     probe: Probe | None = None
     features: dict[int, Tensor] = field(default_factory=dict)
     """Features of the test rows, by position; the base is frozen, so they are taken once."""
+    right: dict[int, tuple[str, Sequence[bool]]] = field(default_factory=dict)
+    """The mark of what last answered a test with the id given, and whether each row was right, by position."""
 
     def row(self, number: int, context: Context, router: Router | None, *, seen: int = 0) -> Cell:
         """Measure row `number` of the matrix, in both ways.
@@ -69,10 +71,7 @@ class Measuring:
     def alone(self, number: int, position: int, answer: Answer, own: str) -> None:
         """Measure a task with its id given, or take it as it was at the step before if it has the same mark."""
         cell = unchanged(self.folder.cell(number - 1, position, "oracle"), own, number)
-        if cell is None:
-            made = oracle_cell(self.loaded, number, position, self.tests[position], answer, self.batch_size)
-            cell = replace(made, mark=own)
-        self.folder.put_cell(cell)
+        self.folder.put_cell(cell or self._asked(number, position, answer, own))
 
     def baseline(self) -> None:
         """Let the bare base read the general text."""
@@ -86,8 +85,8 @@ class Measuring:
         if all(self.folder.cell(number, j, "oracle") is not None for j in learnt):
             return
         tests = {j: (self.tests[j], answers[j]) for j in learnt}
-        for cell in oracle_cells(self.loaded, number, tests, self.batch_size):
-            self.folder.put_cell(cell)
+        for told in oracle_cells(self.loaded, number, tests, self.batch_size):
+            self.folder.put_cell(told.cell)
 
     def _probe(self, number: int, context: Context, answers: Sequence[Answer], router: Router | None) -> None:
         if self.probe is None or self.folder.probed(number) is not None:
@@ -113,9 +112,24 @@ class Measuring:
             own = "" if router.settings.answer == "mixture" else routed_mark(routes_of(router, parts[j]), known)
             cell = unchanged(self.folder.cell(number - 1, j, "routed"), own, number)
             if cell is None:
-                made = routed_cell(self.loaded, number, j, self.tests, answers, router, parts[j], self.batch_size)
+                right = self._right(number, j, list(answers.values())[j], marks[j])
+                size = self.batch_size
+                made = routed_cell(self.loaded, number, j, self.tests, answers, router, parts[j], size, right)
                 cell = replace(made, mark=own)
             self.folder.put_cell(cell)
+
+    def _right(self, number: int, position: int, answer: Answer, own: str) -> Sequence[bool]:
+        """Whether each row of a test is right when its own task answers; nothing where tasks are measured together."""
+        if self.mixed or not own:
+            return ()
+        if self.right.get(position, ("", ()))[0] != own:  # the cell is of an earlier start
+            self._asked(number, position, answer, own)
+        return self.right[position][1]
+
+    def _asked(self, number: int, position: int, answer: Answer, own: str) -> Cell:
+        told = oracle_cell(self.loaded, number, position, self.tests[position], answer, self.batch_size)
+        self.right[position] = own, told.right
+        return replace(told.cell, mark=own)
 
     def _features(self, position: int, router: Router) -> Tensor:
         if position not in self.features:

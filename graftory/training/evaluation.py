@@ -14,7 +14,7 @@ from typing import Any
 from graftory.adapter import Adapter, Metric
 from graftory.data import TEXT_KINDS, Rows, TaskFile
 from graftory.training.base import LoadedBase
-from graftory.training.metrics import measure
+from graftory.training.metrics import ROW_MEANS, measure
 from graftory.training.mixture import Mixture
 from graftory.training.prediction import Query, Scored, generate, score
 
@@ -43,10 +43,33 @@ class Job:
         return [Query(text, self.adapter, self.head, info, target, self.mixture) for text, target in pairs]
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What became of a job."""
+
+    metrics: tuple[Metric, ...]
+    """The task's, then the loss: the mean over rows, of language models over target tokens."""
+    outputs: tuple[int | float | str, ...]
+    """What was said of each row: the number of a label, a number or a text; nothing where only losses count."""
+
+    def right(self, targets: Sequence[int | float | str]) -> tuple[bool, ...]:
+        """Whether each row is right; nothing where the metric is no share of the rows."""
+        is_right = ROW_MEANS.get(self.metrics[0].name)
+        return () if is_right is None else tuple(map(is_right, targets, self.outputs))
+
+
 def evaluate(
     loaded: LoadedBase, jobs: Sequence[Job], *, batch_size: int = 32, max_new_tokens: int | None = None
 ) -> tuple[tuple[Metric, ...], ...]:
-    """Measure every job: its task's metric, then the loss (mean over rows; for language models over target tokens).
+    """The metrics of every job; see `evaluate_rows`."""
+    found = evaluate_rows(loaded, jobs, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return tuple(each.metrics for each in found)
+
+
+def evaluate_rows(
+    loaded: LoadedBase, jobs: Sequence[Job], *, batch_size: int = 32, max_new_tokens: int | None = None
+) -> tuple[Measured, ...]:
+    """Measure every job, and tell what was said of each of its rows.
 
     Rows of all jobs are mixed in batches of like length, each with its own adapter and head.
 
@@ -64,7 +87,7 @@ def evaluate(
     scored = _split(score(loaded, [query for part in queries for query in part], batch_size=batch_size), queries)
     written = _written(loaded, jobs, queries, batch_size, max_new_tokens)
     chosen = _chosen(loaded, jobs, queries, batch_size)
-    return tuple(_metrics(job, *outputs) for job, *outputs in zip(jobs, scored, written, chosen, strict=True))
+    return tuple(_measured(job, *outputs) for job, *outputs in zip(jobs, scored, written, chosen, strict=True))
 
 
 def _written(
@@ -109,16 +132,17 @@ def _likeliest(words: Sequence[str], losses: Sequence[float]) -> list[str]:
     return [words[min(range(size), key=row.__getitem__)] for row in rows]
 
 
-def _metrics(job: Job, scored: Sequence[Scored], written: Sequence[str], chosen: Sequence[str]) -> tuple[Metric, ...]:
+def _measured(job: Job, scored: Sequence[Scored], written: Sequence[str], chosen: Sequence[str]) -> Measured:
     name = job.task.metric
     loss = sum(row.loss for row in scored) / max(1, sum(row.targets for row in scored))
-    values = {"loss": loss}
+    values, outputs = {"loss": loss}, tuple[int | float | str, ...]()
     if name == "likelihood":
         values = {name: math.exp(-loss), "loss": loss}
     elif name != "loss":
-        outputs: Sequence[Any] = written or chosen or [_output(job, row) for row in scored]
+        outputs = tuple(written or chosen or [_output(job, row) for row in scored])
         values = {name: measure(name, job.rows.targets, outputs), "loss": loss}
-    return tuple(Metric(key, value, job.task.name, job.rows.split, len(job.rows)) for key, value in values.items())
+    metrics = (Metric(key, value, job.task.name, job.rows.split, len(job.rows)) for key, value in values.items())
+    return Measured(tuple(metrics), outputs)
 
 
 def _output(job: Job, row: Scored) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from graftory.training.encode import Collator, Example
 
 if TYPE_CHECKING:
     from graftory.data import Text
@@ -24,14 +26,12 @@ def features_of(loaded: LoadedBase, texts: Sequence[Text], *, batch_size: int = 
     Args:
         loaded: The base and its tokenizer, no adapter attached.
         texts: Texts, or pairs of texts.
-        batch_size: Rows at a time.
+        batch_size: Rows at a time; rows of like length go together.
 
     Returns:
         [rows, width] fp32 on the CPU.
     """
-    groups = [range(start, min(start + batch_size, len(texts))) for start in _starts(texts, batch_size)]
-    batches = _batches(loaded, groups, texts)
-    return torch.cat([_pooled(output.last_hidden_state, mask) for output, mask in batches]).clone()
+    return _read(loaded, texts, batch_size, lambda output, mask: _pooled(output.last_hidden_state, mask))
 
 
 def layer_features_of(
@@ -48,12 +48,11 @@ def layer_features_of(
     Returns:
         [rows, layers, width] fp32 on the CPU.
     """
-    order = sorted(range(len(texts)), key=lambda row: len("".join(texts[row])))
-    groups = [order[start : start + batch_size] for start in _starts(texts, batch_size)]
-    features = torch.empty(len(texts), len(layers), width_of(loaded))
-    for rows, (output, mask) in zip(groups, _batches(loaded, groups, texts, states=True), strict=True):
-        features[rows] = torch.stack([_pooled(output.hidden_states[layer], mask) for layer in layers], 1)
-    return features
+
+    def pooled(output: Any, mask: Tensor) -> Tensor:
+        return torch.stack([_pooled(output.hidden_states[layer], mask) for layer in layers], 1)
+
+    return _read(loaded, texts, batch_size, pooled, states=True)
 
 
 def depth_of(loaded: LoadedBase) -> int:
@@ -69,36 +68,47 @@ def width_of(loaded: LoadedBase) -> int:
     return int(config.hidden_size)
 
 
-def _starts(texts: Sequence[Text], batch_size: int) -> range:
-    return range(0, len(texts), batch_size)
-
-
-def _batches(
-    loaded: LoadedBase, groups: Sequence[Sequence[int]], texts: Sequence[Text], *, states: bool = False
-) -> Iterator[tuple[Any, Tensor]]:
-    """What the encoder gives for each group of rows, and which tokens are no padding."""
+def _read(
+    loaded: LoadedBase,
+    texts: Sequence[Text],
+    batch_size: int,
+    read: Callable[[Any, Tensor], Tensor],
+    *,
+    states: bool = False,
+) -> Tensor:
+    """What is read of the encoder's output for each text, given which tokens are no padding; texts of as many tokens go
+    together, so that little is padding.
+    """
     model: Any = loaded.model
     encoder: Any = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    examples = _examples(loaded, texts)
+    order = sorted(range(len(texts)), key=lambda row: len(examples[row]["input_ids"]))
+    collate, device = Collator(loaded.tokenizer.pad_token_id), next(encoder.parameters()).device
+    parts = []
     was_training = model.training
     model.eval()
     try:
-        for rows in groups:
-            batch = _tokens(loaded, [texts[row] for row in rows], next(encoder.parameters()).device)
-            mask = batch["attention_mask"]
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = {name: value.to(device) for name, value in collate([examples[row] for row in rows]).items()}
             with torch.inference_mode():
-                output = encoder(input_ids=batch["input_ids"], attention_mask=mask, output_hidden_states=states)
-            yield output, mask
+                output = encoder(**batch, output_hidden_states=states)
+            parts.append(read(output, batch["attention_mask"]))
     finally:
         model.train(was_training)
+    found = torch.cat(parts)
+    features = torch.empty_like(found)
+    features[order] = found
+    return features
 
 
-def _tokens(loaded: LoadedBase, texts: Sequence[Text], device: torch.device) -> Any:
-    tokenizer: Any = loaded.tokenizer
+def _examples(loaded: LoadedBase, texts: Sequence[Text]) -> list[Example]:
     first = [text if isinstance(text, str) else text[0] for text in texts]
     second = [text[1] for text in texts if not isinstance(text, str)] or None
-    return tokenizer(first, second, padding=True, truncation=True, max_length=_MAX_LENGTH, return_tensors="pt").to(
-        device
-    )
+    tokenizer: Any = loaded.tokenizer
+    encoded = tokenizer(first, second, truncation=True, max_length=_MAX_LENGTH)
+    pairs = zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+    return [{"input_ids": ids, "attention_mask": mask} for ids, mask in pairs]
 
 
 def _pooled(states: Tensor, attention: Tensor) -> Tensor:

@@ -20,9 +20,18 @@ def _f1(targets: Values, outputs: Values) -> float:
     return float(metrics.f1_score(targets, outputs, average="macro", zero_division=0))
 
 
+def _equal(target: Any, output: Any) -> bool:
+    return bool(target == output)
+
+
+def _same_text(target: Any, output: Any) -> bool:
+    """Equal but for space around them."""
+    return str(target).strip() == str(output).strip()
+
+
 def _exact_match(targets: Values, outputs: Values) -> float:
     """Share of texts that are equal but for space around them."""
-    return sum(str(y).strip() == str(z).strip() for y, z in zip(targets, outputs, strict=True)) / len(targets)
+    return sum(map(_same_text, targets, outputs)) / len(targets)
 
 
 def _correlation(function: Callable[[Values, Values], Any]) -> Callable[[Values, Values], float]:
@@ -45,6 +54,8 @@ METRICS: Mapping[str, Callable[[Values, Values], float]] = {
     "exact_match": _exact_match,
 }
 """Every metric of outputs; `loss` is not one, it comes from the model."""
+ROW_MEANS: Mapping[str, Callable[[Any, Any], bool]] = {"accuracy": _equal, "exact_match": _same_text}
+"""Whether a row is right, of metrics that are the share of those; others cannot be put together from parts."""
 LOWER_IS_BETTER = frozenset({"loss", "mse"})
 
 
