@@ -26,7 +26,8 @@ of `SEEDED`, in three seeds of the first order too. Each run is a process of its
 memory are its own. A run that was stopped goes on.
 
 The results go to benchmarks/results/continual.{json,md,png}: the rates, mean ± standard deviation over orders and
-seeds, paired differences to `seq`, and CPU time, peak memory and stored bytes beside those of `seq`.
+seeds, paired differences to `seq`, and CPU time, peak memory and stored bytes beside those of `seq`. Settings and
+strategies that are not run keep what they had, and with it what `seq` took when they were run.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -16,7 +16,7 @@ from rich.markdown import Markdown
 from graftory.continual import Report
 from graftory.continual.compare import difference_rows, mean_rows, paired_differences
 from graftory.continual.report_text import table
-from graftory.schema import encode
+from graftory.schema import Json, decode, encode
 from graftory.versions import library_versions
 
 REFERENCE = "seq"
@@ -35,10 +35,25 @@ class CostedRun:
     peak_mb: float
     whole: bool
     """Whether it ran through without being stopped, so that its time is that of all of it."""
+    reference_seconds: float | None = None
+    """What the reference took in the same setting, in the same go: on another day a machine may be another."""
+
+    @property
+    def what(self) -> tuple[str, str]:
+        """Setting and strategy."""
+        return self.setting, self.report.strategy
 
 
 def write_report(runs: Sequence[CostedRun], tried: Sequence[CostedRun], folder: Path | None) -> None:
-    """Print the tables, and write them with the runs; `tried` are those that rates were chosen by."""
+    """Print the tables, and write them with the runs; `tried` are those that rates were chosen by.
+
+    Settings and strategies that were not run now stay in the folder's files as they are there.
+    """
+    runs = beside_reference(runs)
+    if folder is not None:
+        before = json.loads((folder / "continual.json").read_text())
+        runs = updated(beside_reference(read(before["runs"])), runs)
+        tried = updated(read(before["tried"]), tried)
     text = markdown(runs, tried)
     Console().print(Markdown(text))
     if folder is None:
@@ -50,6 +65,29 @@ def write_report(runs: Sequence[CostedRun], tried: Sequence[CostedRun], folder: 
     (folder / "continual.md").write_text(text)
     settings = dict.fromkeys(run.setting for run in runs)
     draw({name: [run.report for run in runs if run.setting == name] for name in settings}, folder / "continual.png")
+
+
+def read(plain: Sequence[Json]) -> list[CostedRun]:
+    """Runs from a file of results."""
+    return [decode(CostedRun, one, "continual.json") for one in plain]
+
+
+def updated(before: Sequence[CostedRun], now: Sequence[CostedRun]) -> list[CostedRun]:
+    """What was there, in its order, with the runs of a setting and strategy replaced by those of now."""
+    by_what: dict[tuple[str, str], list[CostedRun]] = {}
+    for runs in (before, now):
+        by_what |= {what: [run for run in runs if run.what == what] for what in _whats(runs)}
+    return [run for runs in by_what.values() for run in runs]
+
+
+def beside_reference(runs: Sequence[CostedRun]) -> list[CostedRun]:
+    """Runs of one go, each with what the reference took there."""
+    found = {setting: _mean([run for run in runs if run.what == (setting, REFERENCE)]) for setting, _ in _whats(runs)}
+    return [replace(run, reference_seconds=run.reference_seconds or found[run.setting]) for run in runs]
+
+
+def _whats(runs: Sequence[CostedRun]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys(run.what for run in runs))
 
 
 def markdown(runs: Sequence[CostedRun], tried: Sequence[CostedRun]) -> str:
@@ -81,15 +119,14 @@ def rate_rows(tried: Sequence[CostedRun]) -> list[dict[str, str]]:
 
 
 def cost_rows(runs: Sequence[CostedRun]) -> list[dict[str, str]]:
-    """CPU time and memory of each strategy, and beside those of the reference."""
-    seconds = {name: _mean(runs, name) for name in dict.fromkeys(run.report.strategy for run in runs)}
-    base = seconds.get(REFERENCE)
+    """CPU time and memory of each strategy, and beside those of the reference in the same go."""
     rows = []
-    for name, value in seconds.items():
-        own = [run for run in runs if run.report.strategy == name]
+    for what in _whats(runs):
+        own = [run for run in runs if run.what == what]
+        value, base = _mean(own), own[0].reference_seconds
         rows.append(
             {
-                "strategy": name,
+                "strategy": what[1],
                 "CPU s": "–" if value is None else f"{value:.0f}",
                 f"times {REFERENCE}": "–" if value is None or not base else f"{value / base:.2f}",
                 "peak memory, MB": f"{fmean(run.peak_mb for run in own):.0f}",
@@ -99,6 +136,6 @@ def cost_rows(runs: Sequence[CostedRun]) -> list[dict[str, str]]:
     return rows
 
 
-def _mean(runs: Sequence[CostedRun], strategy: str) -> float | None:
-    values = [run.cpu_seconds for run in runs if run.report.strategy == strategy and run.whole]
+def _mean(runs: Sequence[CostedRun]) -> float | None:
+    values = [run.cpu_seconds for run in runs if run.whole]
     return fmean(values) if values else None

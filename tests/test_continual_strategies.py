@@ -17,7 +17,7 @@ from graftory.adapter import Adapter
 from graftory.adapters import AdaptedModel, attach, new_adapter
 from graftory.config import AdapterConfig, BottleneckConfig, LoraConfig
 from graftory.continual.memory import Memory, Sample
-from graftory.continual.passes import second_moments, squared_gradients
+from graftory.continual.passes import batches, second_moments, squared_gradients
 from graftory.continual.stack import stacked
 from graftory.continual.strategies import agem
 from graftory.continual.strategies.agem import project
@@ -30,7 +30,7 @@ from graftory.continual.strategies.opcm import factors, projected, singular
 from graftory.continual.strategies.replay import drift
 from graftory.continual.strategies.sdlora import decoupled
 from graftory.continual.strategies.slao import orthonormal
-from graftory.data import load_rows, load_task
+from graftory.data import Rows, load_rows, load_task
 from graftory.training import Job, LoadedBase, evaluate, load_base
 from tests.continual_samples import SHORT, Run, make_place, short_run
 
@@ -379,6 +379,17 @@ def test_second_moments_leave_padding_out(place: Path, loaded: LoadedBase) -> No
     together, apart = (second_moments(loaded, fresh, task, rows, size) for size in (6, 1))
     for path, moment in together.items():
         assert torch.allclose(moment, apart[path], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_like_length_are_batched_together(place: Path, loaded: LoadedBase) -> None:
+    task = load_task(str(place / "colours.yaml"))
+    texts = tuple(" ".join(["red"] * words) for words in (1, 9, 2, 8))
+    rows = Rows("train", texts, (0, 1, 0, 1), load_rows(task, "train").labels)
+    padding = [
+        [int((batch["attention_mask"] == 0).sum()) for batch in batches(loaded, task, rows, 2, by_length=sort)]
+        for sort in (False, True)
+    ]
+    assert padding == [[8, 6], [1, 1]]
 
 
 # --- sd-lora, slao ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from graftory.adapters.site import shown
 from graftory.data import Rows, TaskFile
 from graftory.training import LoadedBase, processes, row_losses
 from graftory.training.company import encoded
-from graftory.training.encode import Collator
+from graftory.training.encode import Collator, Example
 from graftory.training.losses import model_inputs
 
 _NAME = "measured"
@@ -106,7 +106,7 @@ def second_moments(
         found[path] = found.get(path, 0) + last[1]
 
     with attached(loaded, adapter) as adapted, torch.no_grad(), shown(observe):
-        for number, batch in enumerate(batches(loaded, task, rows, batch_size)):
+        for number, batch in enumerate(batches(loaded, task, rows, batch_size, by_length=True)):
             own = number % processes.size() == processes.number()
             if number and not own:
                 continue  # the first is run by all, so that all have a sum to add
@@ -116,9 +116,13 @@ def second_moments(
     return found
 
 
-def batches(loaded: LoadedBase, task: TaskFile, rows: Rows, size: int) -> Iterator[Mapping[str, Tensor]]:
-    """Rows with their labels, in order, where the base is."""
-    examples: Sequence[dict[str, object]] = encoded(loaded, task, rows)
+def batches(
+    loaded: LoadedBase, task: TaskFile, rows: Rows, size: int, *, by_length: bool = False
+) -> Iterator[Mapping[str, Tensor]]:
+    """Rows with their labels where the base is, in order; or the shortest first, so that less of a batch is padding."""
+    examples: Sequence[Example] = encoded(loaded, task, rows)
+    if by_length:
+        examples = sorted(examples, key=lambda example: len(example["input_ids"]))
     collator = Collator(loaded.tokenizer.pad_token_id)
     for start in range(0, len(examples), size):
         batch = collator(examples[start : start + size])
