@@ -102,8 +102,11 @@ def second_moments(
     def observe(path: str, x: Tensor) -> None:
         if not last or last[0] is not x:
             flat = (x[mask[0]] if mask[0].shape == x.shape[:2] else x.flatten(0, -2)).float()
-            last[:] = [x, (flat.T @ flat).cpu().double() * own]
-        found[path] = found.get(path, 0) + last[1]
+            last[:] = [x, (flat.T @ flat).cpu()]
+        if path not in found:
+            found[path] = torch.zeros(last[1].shape, dtype=torch.float64)
+        if own:
+            found[path] += last[1]
 
     with attached(loaded, adapter) as adapted, torch.no_grad(), shown(observe):
         for number, batch in enumerate(batches(loaded, task, rows, batch_size, by_length=True)):

@@ -120,9 +120,10 @@ def _leading(moment: Tensor, basis: Tensor | None, count: int) -> tuple[Tensor, 
     """The first eigenvectors [d, count] and eigenvalues [count] of C off the basis, largest first."""
     off = moment
     if basis is not None:
-        # (1 − M Mᵀ) C (1 − M Mᵀ), by way of products with M alone
+        # (1 − M Mᵀ) C (1 − M Mᵀ) = C − M Hᵀ − H Mᵀ, with H = C M − ½ M Mᵀ C M
         inside = moment @ basis
-        off = moment - basis @ inside.T - inside @ basis.T + basis @ (basis.T @ inside) @ basis.T
+        shared = basis @ (inside - basis @ (basis.T @ inside) / 2).T
+        off = moment - shared - shared.T
     values, vectors = torch.linalg.eigh((off + off.T) / 2)
     values, vectors = values.flip(0)[:count].clamp(min=0), vectors.flip(1)[:, :count]
     if basis is not None:
