@@ -52,7 +52,7 @@ def write_report(runs: Sequence[CostedRun], tried: Sequence[CostedRun], folder: 
     runs = beside_reference(runs)
     if folder is not None:
         before = json.loads((folder / "continual.json").read_text())
-        runs = updated(beside_reference(read(before["runs"])), runs)
+        runs = updated(read(before["runs"]), runs)
         tried = updated(read(before["tried"]), tried)
     text = markdown(runs, tried)
     Console().print(Markdown(text))
