@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,15 +184,11 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
         "Normalised accuracy, %, mean ± std over seeds (merges). – : refused, of a larger rank than asked for, or not "
         "measured.\n"
     )
-    return head + "".join(f"\n## {_title(rows, found[rows])}\n\n{_table(found[rows])}" for rows in _descending(found))
-
-
-def _descending(numbers: Iterable[str]) -> list[str]:
-    return sorted(numbers, key=int, reverse=True)
-
-
-def _title(rows: str, found: Mapping[str, Any]) -> str:
-    return f"{rows} test rows of each task, seeds {found['settings']['seeds']}"
+    parts = [
+        f"\n## {rows} test rows of each task, seeds {found[rows]['settings']['seeds']}\n\n{_table(found[rows])}"
+        for rows in sorted(found, key=int, reverse=True)
+    ]
+    return head + "".join(parts)
 
 
 def _table(found: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -312,8 +313,6 @@ def test_a_mixture_weighs_the_answers_by_the_posterior(tmp_path: Path) -> None:
 
 
 def routed_cells(folder: Path, adapters: list[Adapter]) -> Mapping[str, float | None]:
-    from dataclasses import replace
-
     loaded = tiny_base("classification", folder / "other")
     task, rows = tiny_task("classification"), tiny_rows("classification")
     far = torch.zeros(len(rows), 1, WIDTH)
@@ -331,8 +330,6 @@ def routed_cells(folder: Path, adapters: list[Adapter]) -> Mapping[str, float | 
 
 def test_rows_sent_to_their_own_task_are_taken_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half the rows go home, half to a task with the same labels: only these are run; the value is that of all."""
-    from dataclasses import replace
-
     from graftory.continual import evaluation
     from graftory.training.evaluation import Job
 

@@ -386,7 +386,7 @@ def test_rows_of_like_length_are_batched_together(place: Path, loaded: LoadedBas
     texts = tuple(" ".join(["red"] * words) for words in (1, 9, 2, 8))
     rows = Rows("train", texts, (0, 1, 0, 1), load_rows(task, "train").labels)
     padding = [
-        [int((batch["attention_mask"] == 0).sum()) for batch in batches(loaded, task, rows, 2, by_length=sort)]
+        [int((batch["attention_mask"] == 0).sum()) for batch in batches(loaded, task, rows, 2, alike=sort)]
         for sort in (False, True)
     ]
     assert padding == [[8, 6], [1, 1]]

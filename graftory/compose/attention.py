@@ -17,7 +17,7 @@ from graftory.config import FusionConfig, FusionPlace
 from graftory.data import Rows, TaskFile
 from graftory.errors import UnsupportedAdapterError
 from graftory.training import LoadedBase
-from graftory.training.encode import IGNORED, Collator, encode
+from graftory.training.encode import IGNORED, Collator, by_length, encode
 from graftory.training.losses import model_inputs
 
 if TYPE_CHECKING:
@@ -128,15 +128,14 @@ def attention(
         raise UnsupportedAdapterError(f"got a {config.method} adapter, wanted a fusion")
     info, recorder = rows.info(task), AttentionRecorder()
     examples = [encode(loaded.tokenizer, info, text, y) for text, y in zip(rows.texts, rows.targets, strict=True)]
-    examples.sort(key=lambda example: len(example["input_ids"]))
     collator = Collator(loaded.tokenizer.pad_token_id)
     adapted = AdaptedModel(loaded.model, loaded.base)
     try:
         adapted.add("fusion", fusion)
         adapted.eval()
         with adapted.route("fusion"), torch.no_grad(), watched(recorder):
-            for start in range(0, len(examples), batch_size):
-                batch = collator(examples[start : start + batch_size])
+            for group in by_length(examples, batch_size):
+                batch = collator([examples[row] for row in group])
                 moved = {key: value.to(loaded.model.device) for key, value in batch.items()}
                 recorder.mask = moved["attention_mask"]
                 recorder.decoder_mask = moved["labels"].ne(IGNORED) if task.kind == "seq2seq" else None

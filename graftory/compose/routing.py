@@ -14,7 +14,7 @@ from graftory.adapters.smop import reading, routing_watched
 from graftory.compose.smop import smop_config_of
 from graftory.data import Rows, TaskFile
 from graftory.training import LoadedBase
-from graftory.training.encode import Collator, encode
+from graftory.training.encode import Collator, by_length, encode, in_order
 from graftory.training.losses import model_inputs, readable_tokens
 
 
@@ -72,7 +72,7 @@ def _weights(loaded: LoadedBase, adapter: Adapter, task: TaskFile, rows: Rows, b
     """w of every row, [rows, k], in the order of the rows."""
     info = rows.info(task)
     examples = [encode(loaded.tokenizer, info, text, y) for text, y in zip(rows.texts, rows.targets, strict=True)]
-    order = sorted(range(len(examples)), key=lambda row: len(examples[row]["input_ids"]))
+    groups = by_length(examples, batch_size)
     collator = Collator(loaded.tokenizer.pad_token_id)
     seen: list[Tensor] = []
 
@@ -85,15 +85,14 @@ def _weights(loaded: LoadedBase, adapter: Adapter, task: TaskFile, rows: Rows, b
         adapted.add("smop", adapter)
         adapted.eval()
         with adapted.route("smop"), torch.no_grad(), routing_watched(keep):
-            for start in range(0, len(order), batch_size):
-                batch = collator([examples[row] for row in order[start : start + batch_size]])
+            for group in groups:
+                batch = collator([examples[row] for row in group])
                 moved = {key: value.to(loaded.model.device) for key, value in batch.items()}
                 with reading(readable_tokens(task.kind, moved)):
                     adapted(**model_inputs(task.kind, moved))
     finally:
         adapted.detach()
-    ordered = torch.cat(seen)
-    return torch.empty_like(ordered).index_copy_(0, torch.tensor(order), ordered)
+    return in_order(torch.cat(seen), groups)
 
 
 def draw_routing(table: RoutingTable) -> bytes:

@@ -131,13 +131,13 @@ def routed_cell(
         weights = choice.scores[rows][:, alike].softmax(1)
         right = mixture_right(loaded, test, rows, tuple(among.values()), weights, batch_size)
         return Cell(step, position, "routed", test.task.metric, right / len(test.rows), len(test.rows), routes)
-    at_home = list(answers)[position] if own else None
-    right = sum(told for told, name in zip(own, chosen, strict=bool(own)) if name == at_home)
+    known = (list(answers)[position],) if own else ()
+    right = sum(own[row] for row, name in enumerate(chosen) if name in known)
     jobs = []
     for route in routes:
         answer = Answer(None, None) if route == ABSTAINED else answers[route]
         can = not _has_head(test) if route == ABSTAINED else _same_question(test, others[route])
-        if can and route != at_home:
+        if can and route not in known:
             jobs.append(_job(route, test.task, _subset(test.rows, [name == route for name in chosen]), answer))
     results = evaluate_rows(loaded, jobs, batch_size=batch_size) if jobs else ()
     right += sum(sum(found.right(job.rows.targets)) for job, found in zip(jobs, results, strict=True))

@@ -15,7 +15,7 @@ from graftory.adapters.site import shown
 from graftory.data import Rows, TaskFile
 from graftory.training import LoadedBase, processes, row_losses
 from graftory.training.company import encoded
-from graftory.training.encode import Collator, Example
+from graftory.training.encode import Collator, Example, by_length
 from graftory.training.losses import model_inputs
 
 _NAME = "measured"
@@ -109,7 +109,7 @@ def second_moments(
             found[path] += last[1]
 
     with attached(loaded, adapter) as adapted, torch.no_grad(), shown(observe):
-        for number, batch in enumerate(batches(loaded, task, rows, batch_size, by_length=True)):
+        for number, batch in enumerate(batches(loaded, task, rows, batch_size, alike=True)):
             own = number % processes.size() == processes.number()
             if number and not own:
                 continue  # the first is run by all, so that all have a sum to add
@@ -120,13 +120,13 @@ def second_moments(
 
 
 def batches(
-    loaded: LoadedBase, task: TaskFile, rows: Rows, size: int, *, by_length: bool = False
+    loaded: LoadedBase, task: TaskFile, rows: Rows, size: int, *, alike: bool = False
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Rows with their labels where the base is, in order; or the shortest first, so that less of a batch is padding."""
+    """Rows with their labels where the base is, in order; or, if `alike`, rows of like length together."""
     examples: Sequence[Example] = encoded(loaded, task, rows)
-    if by_length:
-        examples = sorted(examples, key=lambda example: len(example["input_ids"]))
+    numbers = range(len(examples))
+    groups = by_length(examples, size) if alike else [numbers[start : start + size] for start in numbers[::size]]
     collator = Collator(loaded.tokenizer.pad_token_id)
-    for start in range(0, len(examples), size):
-        batch = collator(examples[start : start + size])
+    for group in groups:
+        batch = collator([examples[row] for row in group])
         yield {name: value.to(loaded.model.device) for name, value in batch.items()}

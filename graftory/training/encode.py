@@ -93,6 +93,18 @@ _ENCODERS: Mapping[TaskKind, Callable[[Any, TaskInfo, Text, Any], Example]] = {
 }
 
 
+def by_length(examples: Sequence[Example], size: int) -> list[list[int]]:
+    """The numbers of the rows, so many at a time and the shortest first: little of such a batch is padding."""
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row]["input_ids"]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def in_order(found: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """What was found for the rows of one group after the other, by the numbers of the rows."""
+    numbers = torch.tensor([row for group in groups for row in group], device=found.device)
+    return torch.empty_like(found).index_copy_(0, numbers, found)
+
+
 @dataclass(frozen=True, slots=True)
 class Collator:
     """Pads encoded rows to the longest of the batch."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graftory.training.encode import Collator, Example
+from graftory.training.encode import Collator, Example, by_length, in_order
 
 if TYPE_CHECKING:
     from graftory.data import Text
@@ -82,24 +82,20 @@ def _read(
     model: Any = loaded.model
     encoder: Any = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     examples = _examples(loaded, texts)
-    order = sorted(range(len(texts)), key=lambda row: len(examples[row]["input_ids"]))
+    groups = by_length(examples, batch_size)
     collate, device = Collator(loaded.tokenizer.pad_token_id), next(encoder.parameters()).device
     parts = []
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in groups:
             batch = {name: value.to(device) for name, value in collate([examples[row] for row in rows]).items()}
             with torch.inference_mode():
                 output = encoder(**batch, output_hidden_states=states)
             parts.append(read(output, batch["attention_mask"]))
     finally:
         model.train(was_training)
-    found = torch.cat(parts)
-    features = torch.empty_like(found)
-    features[order] = found
-    return features
+    return in_order(torch.cat(parts), groups)
 
 
 def _examples(loaded: LoadedBase, texts: Sequence[Text]) -> list[Example]:

@@ -17,7 +17,7 @@ from graftory.adapters.smop import reading
 from graftory.data import Text
 from graftory.errors import ConfigError
 from graftory.training.base import LoadedBase, quiet
-from graftory.training.encode import Collator, Example, encode
+from graftory.training.encode import Collator, Example, by_length, encode
 from graftory.training.losses import model_inputs, readable_tokens, row_losses
 from graftory.training.mixture import Mixture, embedded
 
@@ -193,12 +193,10 @@ def _batched(
 ) -> list[Any]:
     """Batches of rows of like length, whatever their adapters; results in the order of the queries."""
     examples = [prepare(query) for query in queries]
-    order = sorted(range(len(queries)), key=lambda row: len(examples[row]["input_ids"]))
     results: list[Any] = [None] * len(queries)
     device = loaded.model.device
     with _attached(loaded, queries) as (adapted, names):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in by_length(examples, batch_size):
             part = [queries[row] for row in rows]
             batch = {name: value.to(device) for name, value in collator([examples[row] for row in rows]).items()}
             heads = [names[id(query.head)] if query.head else None for query in part]
