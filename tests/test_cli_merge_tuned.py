@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from graftory import Hub
 from graftory.cli import cli
+from graftory.compose.merge.tuning import PORTFOLIO
 from graftory.compose.merge.tuning.adamerging import layer_of
 from tests.merge_home import LABELS, Home, make_home
 
@@ -61,6 +62,23 @@ def test_auto_tells_people_why(home: Home) -> None:
     why = "the best" if left == 1 else f"of {left} that 6 rows of each task cannot tell apart"
     assert f"{told['chosen']} is kept, {why}\n" in shown
     assert re.search(r"→ " + re.escape(told["chosen"].split()[0]) + r" .* 6 ", shown)
+
+
+def test_auto_tells_people_that_an_adapter_alone_gets_more_right(home: Home) -> None:
+    few = ["two", "pair", "--method", "auto", "--tune-rows", "6", "--seed", "1"]
+    shown = run(home, *few, "--name", "alone").output
+    found = json.loads(run(home, *few, "--name", "alone-json", "--json").output)["auto"]
+    first, (best, *_) = found["first"], found["alone"]
+    assert first in {one.name for one in PORTFOLIO}
+    assert found["chosen"] == best["name"] == "two@1 alone"
+    assert f"\n{first} came first, of " in shown
+    points, error = (100 * value for value in best["ahead"])
+    assert points > 0
+    assert (
+        f"\ntwo@1 alone gets {points:.1f} ± {error:.1f} points more right on 24 rows of each task: it is kept\n"
+        in shown
+    )
+    assert Hub.open(home.hub).record("alone").spec.lineage.parameters["auto"]["alone"] == found["alone"]
 
 
 def test_weights_are_tuned_and_recorded(home: Home) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,13 @@ def _own_task(adapter: Adapter, number: int) -> str:
 
 def chosen_to_json(found: Chosen) -> Json:
     """What auto tried, for scripts."""
-    return {"chosen": found.best.name, "tasks": [list(task) for task in found.tasks], "tried": found.table}
+    return {
+        "chosen": found.best.name,
+        "tasks": [list(task) for task in found.tasks],
+        "tried": found.table,
+        "first": found.first.name,
+        "alone": found.beside,
+    }
 
 
 def print_chosen(found: Chosen) -> None:
@@ -164,6 +170,18 @@ def print_chosen(found: Chosen) -> None:
     for row in found.table:
         if row.problem is not None:
             click.echo(f"{row.name} was not tried: {printable(row.problem)}")
+    for line in _reasons(found):
+        click.echo(line)
+
+
+def _reasons(found: Chosen) -> Iterator[str]:
+    """Why it is kept."""
+    first = printable(found.first.name)
     left = sum(row.near for row in found.table)
-    why = "the best" if left == 1 else f"of {left} that {found.best.rows} rows of each task cannot tell apart"
-    click.echo(f"{printable(found.best.name)} is kept, {why}")
+    why = "the best" if left == 1 else f"of {left} that {found.first.rows} rows of each task cannot tell apart"
+    yield f"{first} {'is kept' if found.best is found.first else 'came first'}, {why}"
+    for each in found.beside[:1]:
+        points, error = (100 * value for value in each.ahead)
+        gets = f"gets {abs(points):.1f} ± {error:.1f} points {'more' if points > 0 else 'less'} right"
+        told = f"{printable(each.name)} {gets} on {each.rows} rows of each task"
+        yield f"{told}: it is kept" if found.best is not found.first else told

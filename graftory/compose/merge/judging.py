@@ -61,6 +61,14 @@ class Trial:
         value = measure(self.metric, self.rows.targets[: len(scored)], outputs)
         return Verdict(self.metric, value, self._likelihoods(scored))
 
+    def answers(self, scored: Sequence[Scored]) -> tuple[float, ...]:
+        """How good the answer to each of the first rows is: of a classification 1 where it is right and 0 where it is
+        not, else the likelihood of the target."""
+        if self.task.kind != "classification":
+            return self._likelihoods(scored)
+        labels = [int(row.logits.argmax()) for row in scored if row.logits is not None]
+        return tuple(float(label == target) for label, target in zip(labels, self.rows.targets, strict=False))
+
     def _likelihoods(self, scored: Sequence[Scored]) -> tuple[float, ...]:
         if self.task.kind == "classification":
             logits = torch.stack([row.logits for row in scored if row.logits is not None])

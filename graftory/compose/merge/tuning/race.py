@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, variance
 
 from graftory.adapter import Adapter
-from graftory.compose.merge.judging import Bench, Verdict
+from graftory.compose.merge.judging import Verdict
 from graftory.compose.merge.tuning.portfolio import Floor
+from graftory.compose.merge.tuning.seen import Seen
+from graftory.compose.merge.tuning.shares import ahead, mean_of, shares_of
 from graftory.progress import Progress
-from graftory.training.prediction import Scored
 
 FIRST = 16
 """Rows of each task that all are judged on."""
@@ -78,21 +78,21 @@ class Judged:
         return self.behind is not None and self.behind[0] <= errors * self.behind[1]
 
 
-def race(bench: Bench, entrants: Sequence[Entrant], progress: Progress) -> list[Judged]:
-    """Judge on 16 rows of each task, on twice as many those that are not lost, until the rows are used up.
+def race(seen: Seen, entrants: Sequence[Entrant], rows: int, progress: Progress) -> list[Judged]:
+    """Judge on 16 rows of each task, on twice as many those that are not lost, until so many are used up.
 
     The table has the order of the entrants.
     """
-    own = _Seen(bench, [trial.adapter for trial in bench.trials])
-    seen = {one.name: _Seen(bench, [one.adapter] * len(bench.trials)) for one in entrants if one.problem is None}
+    trials = seen.bench.trials
     table = {one.name: Judged(one.name, one.method, one.floor, None, problem=one.problem) for one in entrants}
-    left = [one for one in entrants if one.name in seen]
-    for look in looks(max(len(trial.rows) for trial in bench.trials)):
+    left = [one for one in entrants if one.problem is None]
+    for look in looks(min(rows, max(len(trial.rows) for trial in trials))):
         verdicts = {}
         for done, one in enumerate(left):
             progress(f"on {look} rows of each task", done, len(left))
-            verdicts[one.name] = seen[one.name].until(look)
-        table |= {row.name: row for row in judged(left, verdicts, own.until(look), look)}
+            verdicts[one.name] = [seen.verdict(one.adapter, number, look) for number in range(len(trials))]
+        own = [seen.verdict(trial.adapter, number, look) for number, trial in enumerate(trials)]
+        table |= {row.name: row for row in judged(left, verdicts, own, look)}
         left = [one for one in left if not table[one.name].lost]
         if len(left) == 1:
             break
@@ -107,61 +107,24 @@ def looks(most: int) -> list[int]:
     return found
 
 
-class _Seen:
-    """What has become of the rows so far, for an adapter on each trial."""
-
-    def __init__(self, bench: Bench, adapters: Sequence[Adapter | None]) -> None:
-        self._bench = bench
-        self._adapters = adapters
-        self._scored: list[list[Scored]] = [[] for _ in adapters]
-
-    def until(self, rows: int) -> tuple[Verdict, ...]:
-        """The verdicts on the first so many; only those that are new are run."""
-        for number, (adapter, scored) in enumerate(zip(self._adapters, self._scored, strict=True)):
-            more = slice(len(scored), min(rows, len(self._bench.trials[number].rows)))
-            if more.start < more.stop:
-                scored += self._bench.scored_on(adapter, number, more)
-        return tuple(trial.verdict(scored) for trial, scored in zip(self._bench.trials, self._scored, strict=True))
-
-
 def judged(
     entrants: Sequence[Entrant], verdicts: Mapping[str, Sequence[Verdict]], own: Sequence[Verdict], rows: int
 ) -> list[Judged]:
     """Scores, and how far each is behind the best."""
-    shares = {name: _shares(each, own) for name, each in verdicts.items()}
-    best = max(shares.values(), key=_mean)
+    shares = {
+        name: shares_of([verdict.rows for verdict in each], [verdict.rows for verdict in own])
+        for name, each in verdicts.items()
+    }
+    best = max(shares.values(), key=mean_of)
     return [
         Judged(
             one.name,
             one.method,
             one.floor,
-            _mean(shares[one.name]),
+            mean_of(shares[one.name]),
             tuple(verdict.value for verdict in verdicts[one.name]),
-            _behind(best, shares[one.name]),
+            ahead(best, shares[one.name]),
             rows,
         )
         for one in entrants
     ]
-
-
-Shares = Sequence[Sequence[float]]
-"""The likelihood of each row of each task, by the mean one of the task's own adapter."""
-
-
-def _shares(verdicts: Sequence[Verdict], own: Sequence[Verdict]) -> Shares:
-    return [
-        [row / max(alone.likelihood, 1e-12) for row in verdict.rows]
-        for verdict, alone in zip(verdicts, own, strict=True)
-    ]
-
-
-def _mean(shares: Shares) -> float:
-    """Over tasks, of the mean over rows."""
-    return fmean(fmean(rows) for rows in shares)
-
-
-def _behind(best: Shares, other: Shares) -> tuple[float, float]:
-    """The mean difference, and its standard error √(Σ_t s_t² / n_t) / T, s_t² the variance over the n_t rows of t."""
-    gaps = [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(best, other, strict=True)]
-    spread = sum(variance(rows) / len(rows) for rows in gaps if len(rows) > 1)
-    return _mean(gaps), spread**0.5 / len(gaps)
