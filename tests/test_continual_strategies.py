@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftory.adapter import Adapter
 from graftory.adapters import AdaptedModel, attach, new_adapter
 from graftory.config import AdapterConfig, BottleneckConfig, LoraConfig
 from graftory.continual.memory import Memory, Sample
-from graftory.continual.passes import batches, second_moments, squared_gradients
 from graftory.continual.stack import stacked
 from graftory.continual.strategies import agem
 from graftory.continual.strategies.agem import project
@@ -30,7 +29,7 @@ from graftory.continual.strategies.opcm import factors, projected, singular
 from graftory.continual.strategies.replay import drift
 from graftory.continual.strategies.sdlora import decoupled
 from graftory.continual.strategies.slao import orthonormal
-from graftory.data import Rows, load_rows, load_task
+from graftory.data import load_rows, load_task
 from graftory.training import Job, LoadedBase, evaluate, load_base
 from tests.continual_samples import SHORT, Run, make_place, short_run
 
@@ -96,24 +95,6 @@ def test_ewc_penalty_by_hand() -> None:
     gradient = weights["a"].grad
     assert gradient is not None
     assert gradient.tolist() == [2.0 * 1.0, 4.0 * -0.5]
-
-
-def test_the_fisher_information_of_a_bias_by_hand(place: Path, loaded: LoadedBase) -> None:
-    """∂(−log p_y)/∂bias = p − onehot(y), so its square is known from the logits alone."""
-    task = load_task(str(place / "colours.yaml"))
-    rows = load_rows(task, "train", limit=10)
-    fresh = new_adapter(loaded.model, LoraConfig(rank=2), task=rows.info(task), base=loaded.base)
-    fisher = squared_gradients(loaded, fresh, task, rows, head=True)
-    adapted = attach(loaded.model, {"a": fresh})
-    expected = torch.zeros(2)
-    for text, target in zip(rows.texts, rows.targets, strict=True):
-        with torch.no_grad(), adapted.route("a"):
-            p = adapted(**loaded.tokenizer(text, return_tensors="pt")).logits[0].softmax(0)
-        expected += (p - nn.functional.one_hot(torch.tensor(target), 2)) ** 2 / 10
-    adapted.detach()
-    assert torch.allclose(fisher["classifier.bias"], expected, atol=1e-6)
-    # B is zero, so the loss does not depend on A yet
-    assert all(float(value.abs().max()) == 0 for key, value in fisher.items() if key.endswith("lora_A.weight"))
 
 
 # --- lwf -------------------------------------------------------------------------------------------------------------
@@ -370,26 +351,6 @@ def test_inflora_updates_are_orthogonal_to_what_earlier_tasks_read(run_of: Calla
     later = folder.kept(folder.commits()[1]).under("basis").tensors
     assert all(torch.equal(later[path][:, : basis.shape[1]], basis) for path, basis in bases.items())
     assert all(torch.equal(second.tensors[key][:8], a) for key, a in part(first, "lora_A.weight").items())
-
-
-def test_second_moments_leave_padding_out(place: Path, loaded: LoadedBase) -> None:
-    task = load_task(str(place / "colours.yaml"))
-    rows = load_rows(task, "train", limit=6)
-    fresh = new_adapter(loaded.model, LoraConfig(rank=2), task=rows.info(task), base=loaded.base)
-    together, apart = (second_moments(loaded, fresh, task, rows, size) for size in (6, 1))
-    for path, moment in together.items():
-        assert torch.allclose(moment, apart[path], rtol=1e-4, atol=1e-4)
-
-
-def test_rows_of_like_length_are_batched_together(place: Path, loaded: LoadedBase) -> None:
-    task = load_task(str(place / "colours.yaml"))
-    texts = tuple(" ".join(["red"] * words) for words in (1, 9, 2, 8))
-    rows = Rows("train", texts, (0, 1, 0, 1), load_rows(task, "train").labels)
-    padding = [
-        [int((batch["attention_mask"] == 0).sum()) for batch in batches(loaded, task, rows, 2, alike=sort)]
-        for sort in (False, True)
-    ]
-    assert padding == [[8, 6], [1, 1]]
 
 
 # --- sd-lora, slao ---------------------------------------------------------------------------------------------------
