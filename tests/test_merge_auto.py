@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -22,6 +22,7 @@ from graftory.compose.record import record_examples
 from graftory.data import Rows, load_rows, load_task
 from graftory.errors import ConfigError, MergeError
 from graftory.hub import Hub
+from graftory.progress import silent
 from graftory.schema import encode
 from graftory.training import Job, evaluate
 from graftory.training.prediction import Scored
@@ -180,37 +181,38 @@ def test_how_far_each_is_behind_the_best() -> None:
 
 
 class Track(Bench):
-    """A bench that need not run anything: losses by adapter name and row; it counts what is asked for."""
+    """A bench that need not run anything: what becomes of rows by adapter name; it counts what is asked for."""
 
-    def __init__(self, trials: Sequence[Trial], losses: Mapping[str, Sequence[float]]) -> None:
+    def __init__(self, trials: Sequence[Trial], scored: Mapping[str, Sequence[Scored]]) -> None:
         super().__init__(trials)
-        self.losses = losses
-        self.seen: dict[str, list[int]] = {name: [] for name in losses}
+        self.scored = scored
+        self.seen: dict[str, list[int]] = {name: [] for name in scored}
 
     def scored_on(self, candidate: Adapter | None, number: int, among: slice = ALL) -> list[Scored]:
         name = "nothing" if candidate is None else candidate.spec.lineage.parameters["name"]
         assert isinstance(name, str)
         self.seen[name] += range(among.start, among.stop)
-        return [Scored(None, self.losses[name][row], 1) for row in range(among.start, among.stop)]
+        return list(self.scored[name][among])
 
 
-def _one_task(home: Home, rows: int) -> tuple[Callable[[str], Adapter], Trial]:
-    """Adapters by name, and a trial of so many rows, for a track."""
+def named(home: Home, name: str) -> Adapter:
+    """An adapter that a track knows."""
+    adapter = home.adapters["two"]
+    return replace(adapter, spec=replace(adapter.spec, lineage=Lineage(parameters={"name": name})))
 
-    def named(name: str) -> Adapter:
-        adapter = home.adapters["two"]
-        return replace(adapter, spec=replace(adapter.spec, lineage=Lineage(parameters={"name": name})))
 
+def trial_of(home: Home, rows: int, *, labels: bool) -> Trial:
+    """So many rows for the adapter `own`: of two labels, or of a language model."""
     task = task_of("two", home.adapters["two"])
-    task = replace(task, kind="causal_lm", metric="loss", label=None, labels=(), target="answer")
+    if not labels:
+        task = replace(task, kind="causal_lm", metric="loss", label=None, labels=(), target="answer")
     texts, targets = tuple(map(str, range(rows))), tuple(row % 2 for row in range(rows))
-    return named, Trial("two", named("own"), task, Rows("train", texts, targets, ("no", "yes")))
+    return Trial("two", named(home, "own"), task, Rows("train", texts, targets, ("no", "yes")))
 
 
 def test_those_that_are_clearly_behind_see_no_more_rows(home: Home) -> None:
     """Four entrants on a task of 40 rows: one is far behind, one a little, and one is the best on the first 16 only."""
 
-    named, trial = _one_task(home, 40)
     wave = [-0.1, 0.15] * 20
     losses = {
         "own": [0.1] * 40,
@@ -219,8 +221,9 @@ def test_those_that_are_clearly_behind_see_no_more_rows(home: Home) -> None:
         "far": [1.0] * 40,
         "nothing": [2.0] * 40,
     }
-    track = Track([replace(trial, adapter=named("own"))], losses)
-    entrants = [Entrant(name, "linear", None, named(name)) for name in ("far", "steady", "early")]
+    scored = {name: [Scored(None, loss, 1) for loss in each] for name, each in losses.items()}
+    track = Track([trial_of(home, 40, labels=False)], scored)
+    entrants = [Entrant(name, "linear", None, named(home, name)) for name in ("far", "steady", "early")]
     entrants += [Entrant("refused", "soup", None, None, "differ in rank"), Entrant("nothing", None, "nothing", None)]
     told: list[tuple[str, int, int]] = []
     table = {row.name: row for row in race(Seen(track), entrants, 40, lambda *each: told.append(each))}
@@ -249,7 +252,6 @@ def test_every_look_is_about_twice_the_last(most: int, wanted: list[int]) -> Non
 
 def test_what_may_be_better_alone_sees_more_rows(home: Home) -> None:
     """A merge that is wrong on every 16th row, beside adapters alone: behind it, ahead, and as it is."""
-    named, trial = _one_task(home, 512)
     wrong = {
         "own": set[int](),
         "merge": set(range(15, 512, 16)),
@@ -257,10 +259,11 @@ def test_what_may_be_better_alone_sees_more_rows(home: Home) -> None:
         "ahead": {1},
         "like": set(range(15, 512, 16)),
     }
-    losses = {name: [99.0 if row in rows else 0.0 for row in range(512)] for name, rows in wrong.items()}
-    track = Track([replace(trial, adapter=named("own"))], losses)
+    yes, no = Scored(torch.tensor([0.0, 1.0])), Scored(torch.tensor([1.0, 0.0]))
+    scored = {name: [yes if row % 2 != (row in rows) else no for row in range(512)] for name, rows in wrong.items()}
+    track = Track([trial_of(home, 512, labels=True)], scored)
     told: list[tuple[str, int, int]] = []
-    chosen, *singles = (Entrant(name, "linear", None, named(name)) for name in ("merge", "behind", "ahead", "like"))
+    chosen, *singles = (Entrant(name, "linear", None, named(home, name)) for name in list(wrong)[1:])
     found = beside_alone(Seen(track), chosen, singles, 8, lambda *each: told.append(each))
     assert [(each.name, each.rows) for each in found] == [("ahead", 128), ("like", 64), ("behind", 256)]
     # of 128 rows eight are won and one is lost: mean 7/128, variance (9 − 7²/128) / 127
@@ -273,6 +276,9 @@ def test_what_may_be_better_alone_sees_more_rows(home: Home) -> None:
         "own": 256, "merge": 256, "behind": 256, "ahead": 128, "like": 64,
     }  # fmt: skip
     assert told[-1] == ("beside each alone, on 256 rows of each task", 0, 1)
+    unlabelled = Track([trial_of(home, 512, labels=False)], scored)
+    assert beside_alone(Seen(unlabelled), chosen, singles, 8, silent) == ()
+    assert not any(unlabelled.seen.values())
 
 
 @pytest.mark.parametrize(

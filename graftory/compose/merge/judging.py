@@ -42,6 +42,11 @@ class Trial:
         """The task's metric; `loss` where it cannot be told from one forward pass."""
         return self.task.metric if self.task.metric in METRICS and self.task.kind in HEADED else "loss"
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether an answer is either right or wrong."""
+        return self.task.kind == "classification"
+
     def queries(self, candidate: Adapter | None, among: slice = ALL) -> list[Query]:
         """Some of the rows, with another adapter and the own head."""
         info = self.rows.info(self.task)
@@ -54,23 +59,24 @@ class Trial:
         if self.metric == "loss":
             loss = sum(row.loss for row in scored) / max(1, sum(row.targets for row in scored))
             return Verdict("loss", loss, self._likelihoods(scored))
-        classes = self.task.kind == "classification"
         outputs = [
-            int(row.logits.argmax()) if classes else float(row.logits[0]) for row in scored if row.logits is not None
+            int(row.logits.argmax()) if self.has_labels else float(row.logits[0])
+            for row in scored
+            if row.logits is not None
         ]
         value = measure(self.metric, self.rows.targets[: len(scored)], outputs)
         return Verdict(self.metric, value, self._likelihoods(scored))
 
     def answers(self, scored: Sequence[Scored]) -> tuple[float, ...]:
-        """How good the answer to each of the first rows is: of a classification 1 where it is right and 0 where it is
-        not, else the likelihood of the target."""
-        if self.task.kind != "classification":
+        """How good the answer to each of the first rows is: 1 where it is right and 0 where it is not, where a task has
+        labels; else the likelihood of the target."""
+        if not self.has_labels:
             return self._likelihoods(scored)
         labels = [int(row.logits.argmax()) for row in scored if row.logits is not None]
         return tuple(float(label == target) for label, target in zip(labels, self.rows.targets, strict=False))
 
     def _likelihoods(self, scored: Sequence[Scored]) -> tuple[float, ...]:
-        if self.task.kind == "classification":
+        if self.has_labels:
             logits = torch.stack([row.logits for row in scored if row.logits is not None])
             return calibrated(logits, [int(target) for target in self.rows.targets[: len(scored)]])
         return tuple(math.exp(-row.loss / max(1, row.targets)) for row in scored)

@@ -30,7 +30,7 @@ class Chosen:
         best: Its row: the first of the portfolio that is no more than two standard errors behind the best, or a single
             adapter where that is the best or gets more right.
         first: What the race chose, before it was held against each adapter alone; mostly the same row.
-        beside: Each adapter alone beside that, those that get most right first.
+        beside: Each adapter alone beside that, those that get most right first; none if no task has labels.
         table: Everything that was tried, what was judged on the most rows first, then by score.
         tasks: The adapters whose tasks were judged on, in the order of `Judged.metrics`, with the metric of each.
     """

@@ -67,8 +67,10 @@ def beside_alone(
         progress: Called with what goes on.
 
     Returns:
-        All of them, those that get most right first.
+        All of them, those that get most right first; none if no task has labels, as the race has told the same then.
     """
+    if not any(trial.has_labels for trial in seen.bench.trials):
+        return ()
     most = max(len(trial.rows) for trial in seen.bench.trials)
     found: dict[str, Beside] = {}
     left, look = list(singles), max(rows, FEWEST)
