@@ -4,11 +4,12 @@ Part `accuracy` of merging.py. Adapters are trained once and kept in a hub in `-
 measured: a run that was cut off goes on where it was.
 
 Tasks: TREC, SMS spam, disaster tweets (three domains), and three of sentiment: Rotten Tomatoes, film reviews, tweets.
-Merged are all pairs and all six, of equal ranks (16 each) and of mixed ones (4, 8, 16 in turn), to full rank and cut
-to rank 16. Each task is read with its own head. Normalised accuracy: the merge's by that of the task's own
-adapter, the mean over the merge's tasks. A row is a method at one weight for all; `auto` judges by 16 to 128 training
-rows of each task that the adapters have not seen. PEFT's `linear`, `ties`, `dare_linear`, `dare_ties` and
-`magnitude_prune` refuse mixed ranks and give the rank of their parts; `cat` gives the sum of ranks.
+Merged are all pairs and all six, of equal ranks (16 each) and of mixed ones (4, 8, 16 in turn), to full rank and cut to
+rank 16. Each task is read with its own head. Normalised accuracy: the merge's by that of the task's own adapter, the
+mean over the merge's tasks. A row is a method at one weight for all; `auto` chooses by 16 to 128 training rows of each
+task that the adapters have not seen, and looks at up to 1024 where an adapter alone may be the better. PEFT's `linear`,
+`ties`, `dare_linear`, `dare_ties` and `magnitude_prune` refuse mixed ranks and give the rank of their parts; `cat`
+gives the sum of ranks.
 
 How `auto` decides was chosen on the merges of seeds 0 to 2. Those of seeds 3 to 5 were held back, and trained and
 measured after that: --seeds 3,4,5 --test-rows 600 --budgets "rank 16" --methods "auto,pico,regmean,PEFT svd mean"
@@ -100,7 +101,7 @@ def ours_fisher(case: Case) -> Adapter:
 
 
 def ours_auto(case: Case) -> Adapter:
-    """What up to 128 rows of each task cannot tell from the best of the portfolio."""
+    """What up to 128 rows of each task cannot tell from the best of the portfolio, or a better adapter alone."""
     return auto_merge(case.adapters, AutoParameters(rank=case.rank), seed=case.key.seed).adapter
 
 
@@ -294,4 +295,5 @@ def measure(kept: Kept, bench: Bench, case: Case, row: str) -> None:
     numbers = [n for n, trial in enumerate(bench.trials) if trial.name in case.adapters]
     values = {bench.trials[n].name: bench.judge_on(merged, n).value for n in numbers}
     rank = max(tensor.shape[0] for name, tensor in merged.tensors.items() if name.endswith("lora_A.weight"))
-    kept.add(key, values=values, rank=rank)
+    told = merged.spec.lineage.parameters.get("auto")
+    kept.add(key, values=values, rank=rank, **({"chosen": told["chosen"]} if isinstance(told, dict) else {}))

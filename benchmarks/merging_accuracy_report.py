@@ -115,9 +115,12 @@ def summary(kept: Kept, keys: Sequence[CaseKey], rows: Sequence[str]) -> dict[st
         "auto": {
             f"{ranks} ranks, {what}": value
             for ranks in RANKS
-            for what, value in auto_summary(
-                {row: {key: one for key, one in own.items() if key.ranks == ranks} for row, own in scores.items()}
-            ).items()
+            for what, value in (
+                *auto_summary(
+                    {row: {key: one for key, one in own.items() if key.ranks == ranks} for row, own in scores.items()}
+                ).items(),
+                *kept_alone(kept, [key for key in measured if key.ranks == ranks]).items(),
+            )
         },
     }
 
@@ -176,6 +179,15 @@ def auto_summary(scores: Mapping[str, Scores]) -> dict[str, float]:
         "share within a point of the best single, or above": statistics.mean(float(gap <= 1) for gap in below),
         "most points below the best single": max(below),
     }
+
+
+def kept_alone(kept: Kept, keys: Sequence[CaseKey]) -> dict[str, float]:
+    """How often `auto` keeps one of the adapters instead of a merge."""
+    figures = [kept.figures[key.of("auto")] for key in keys if key.of("auto") in kept.figures]
+    if not figures or not all("chosen" in one for one in figures):
+        return {}
+    alone = [one["chosen"].endswith(" alone") for one in figures]
+    return {"share that keeps an adapter alone": statistics.mean(map(float, alone))}
 
 
 def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:

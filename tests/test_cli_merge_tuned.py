@@ -79,6 +79,8 @@ def test_auto_tells_people_that_an_adapter_alone_gets_more_right(home: Home) -> 
         in shown
     )
     assert Hub.open(home.hub).record("alone").spec.lineage.parameters["auto"]["alone"] == found["alone"]
+    brief = CliRunner().invoke(cli, ["--registry", str(home.hub), "show", "alone"]).output
+    assert f"auto=(alone=2, chosen=two@1 alone, first={first}, rows=6, tried={len(found['tried'])})" in brief
 
 
 def test_weights_are_tuned_and_recorded(home: Home) -> None:

@@ -120,6 +120,7 @@ def _pairs(values: object) -> str:
 
 def _brief(value: object) -> object:
     """A list of objects, or the targets of a configuration in another, by how many they are; `--json` has them all."""
-    if isinstance(value, dict) and isinstance(value.get("targets"), list):
-        return {**value, "targets": len(value["targets"])}
+    if isinstance(value, dict):
+        targets = value.get("targets")
+        return f"({_pairs({**value, 'targets': len(targets)} if isinstance(targets, list) else value)})"
     return len(value) if isinstance(value, list) and any(isinstance(item, dict) for item in value) else value
