@@ -136,3 +136,12 @@ def test_options_that_do_not_go_together(options: list[str], text: str, home: Ho
     assert result.exit_code == 1
     assert text in result.stderr
     assert "never" not in names(home)
+
+
+@pytest.mark.parametrize("method", ["auto", "linear"])
+def test_an_adapter_is_merged_once(method: str, home: Home) -> None:
+    before = names(home)
+    result = invoke(home, "two", "three", "two@1", "--method", method, "--name", "never")
+    assert result.exit_code == 1
+    assert "two@1 is the same adapter as two; give each once" in result.stderr
+    assert names(home) == before

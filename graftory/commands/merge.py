@@ -16,6 +16,7 @@ from graftory.commands.merging.weights import HELP as WEIGHTS_HELP
 from graftory.commands.merging.weights import read_weights
 from graftory.commands.options import MethodCommand, given_parameters
 from graftory.commands.output import json_option, print_json, print_ref, ref_to_json, working
+from graftory.commands.refs import check_distinct
 from graftory.commands.selecting import Chooser, print_selection, recorded_inputs
 from graftory.settings import SelectSettings
 
@@ -173,6 +174,7 @@ def command(
     chooser.check(weights)
     hub = Hub.open(context.obj)
     records = [hub.record(ref) for ref in refs]
+    check_distinct((str(record.ref), ref) for record, ref in zip(records, refs, strict=True))
     adapters = [hub.get(record.ref) for record in records]
     selection = chooser.choose({str(record.ref): one for record, one in zip(records, adapters, strict=True)})
     if selection is not None:

@@ -11,11 +11,11 @@ from graftory.adapter import TASK_SOURCE, Parent, check_name
 from graftory.commands.composers.settings import SettingsCommand
 from graftory.commands.options import checkpoints_option, given_settings, rows_option, seed_option
 from graftory.commands.output import json_option, print_json, working
+from graftory.commands.refs import check_distinct
 from graftory.commands.show import print_metrics
 from graftory.commands.train import rows_of_test
 from graftory.config import FusionConfig
 from graftory.data import load_rows, load_task
-from graftory.errors import ConfigError
 from graftory.settings import FusionSettings
 
 
@@ -65,7 +65,7 @@ def command(
     hub = Hub.open(registry)
     task, name = load_task(task_source), check_name(name)
     records = [hub.record(ref) for ref in refs]
-    check_distinct([record.digest for record in records], [str(record.ref) for record in records])
+    check_distinct((record.digest, str(record.ref)) for record in records)
     config = FusionConfig(**given_settings(FusionConfig), targets=targets, init_seed=seed)
     settings = FusionSettings(**given_settings(FusionSettings), seed=seed)
     training_rows, test_rows = load_rows(task, "train", limit=rows, seed=seed), rows_of_test(task)
@@ -97,16 +97,3 @@ def command(
     click.echo(f"fused {', '.join(str(record.ref) for record in records)} into {ref} on {len(training_rows)} rows")
     if fused.spec.metrics:
         print_metrics(fused.spec.metrics)
-
-
-def check_distinct(digests: list[str], names: list[str]) -> None:
-    """Refuse an adapter that is given twice.
-
-    Raises:
-        ConfigError: If one is.
-    """
-    seen: dict[str, str] = {}
-    for digest, name in zip(digests, names, strict=True):
-        if digest in seen:
-            raise ConfigError(f"{name} is the same adapter as {seen[digest]}; give each once")
-        seen[digest] = name
