@@ -151,6 +151,7 @@ def test_command_modules_have_one_command_each() -> None:
         "options",
         "output",
         "recorded",
+        "refs",
         "run_file",
         "selecting",
         "texts",
