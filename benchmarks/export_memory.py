@@ -116,16 +116,15 @@ def make_adapter(model: str, folder: Path) -> None:
 
 def run_export(hub: str, arguments: Sequence[str]) -> None:
     """`hub export` after its imports; what the process has before, its answer, what it has had at most."""
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+    # transformers imports a model's code, and with it torch's compiler, where its class is first named
+    from transformers import BertModel, LlamaModel, T5Model
 
-    import graftory.compose
     from graftory.cli import cli
     from graftory.commands import export
+    from graftory.compose import exporting, exports
     from graftory.training import encode
 
-    assert all((transformers, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification))
-    assert all((graftory.compose, export, encode))
+    assert all((BertModel, LlamaModel, T5Model, export, exporting, exports, encode))
     CLEAR.write_text("5")  # the system's count of the most begins anew
     print(json.dumps(memory()), flush=True)
     sys.stdin.readline()
