@@ -9,6 +9,7 @@ outputs stacked, keys and values of each. Medians of interleaved repeats; the re
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -129,6 +130,9 @@ def measure(kind: str) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print ratios, keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-write", action="store_true", help="leave the results as they are")
+    options = parser.parse_args()
     results = {kind: measure(kind) for kind in KINDS}
     table = Table(title=f"{ROWS} rows x {TOKENS} tokens, fp32, CPU; milliseconds, and times one adapter")
     table.add_column("run")
@@ -140,7 +144,8 @@ def main() -> None:
         table.add_row(name, *(cell for pair in cells for cell in pair))
     Console(width=120).print(table)
     machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), **library_versions()}
-    RESULTS.write_text(json.dumps({"machine": machine, "milliseconds": results}, indent=2) + "\n")
+    if not options.no_write:
+        RESULTS.write_text(json.dumps({"machine": machine, "milliseconds": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
