@@ -203,6 +203,8 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true", help="leave benchmarks/results as it is")
     options = parser.parse_args()
     sizes = tuple(int(size) for size in options.sizes.split(","))
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         bench = Bench(Path(name).resolve())
         started = time.perf_counter()
