@@ -115,12 +115,7 @@ def summary(kept: Kept, keys: Sequence[CaseKey], rows: Sequence[str]) -> dict[st
         "auto": {
             f"{ranks} ranks, {what}": value
             for ranks in RANKS
-            for what, value in (
-                *auto_summary(
-                    {row: {key: one for key, one in own.items() if key.ranks == ranks} for row, own in scores.items()}
-                ).items(),
-                *kept_alone(kept, [key for key in measured if key.ranks == ranks]).items(),
-            )
+            for what, value in auto_figures(kept, scores, [key for key in measured if key.ranks == ranks]).items()
         },
     }
 
@@ -155,6 +150,12 @@ def margin_of(scores: Mapping[str, Scores], keys: Sequence[CaseKey]) -> dict[str
         error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
         found[what] = {"ours": row, "PEFT": theirs, "points": statistics.mean(gaps), "error": error, "cases": len(gaps)}
     return found
+
+
+def auto_figures(kept: Kept, scores: Mapping[str, Scores], keys: Sequence[CaseKey]) -> dict[str, float]:
+    """What there is to say of `auto` on some cases."""
+    own = {row: {key: one[key] for key in keys if key in one} for row, one in scores.items()}
+    return auto_summary(own) | kept_alone(kept, keys)
 
 
 def auto_summary(scores: Mapping[str, Scores]) -> dict[str, float]:
